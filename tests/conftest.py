@@ -1,0 +1,210 @@
+"""What the tests share: a tiny model shaped like Llama 3, a few pairs, and servers on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from scripts.config import Config, load_config
+from scripts.data import load_preferences
+from scripts.models import load_model, load_tokenizer
+from scripts.training import build_trainer
+
+VOCABULARY = 128_256
+SPECIAL = {
+    128_000: "<|begin_of_text|>",
+    128_001: "<|end_of_text|>",
+    128_006: "<|start_header_id|>",
+    128_007: "<|end_header_id|>",
+    128_009: "<|eot_id|>",
+}
+BOT, EOT = 128_000, 128_009
+LLAMA3_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first %}{{ bos_token }}{% endif %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+PAIRS = [
+    ("What is the capital of France?", "Paris.", "That is a long story, and it begins long ago."),
+    (
+        "Name a prime number.",
+        "Seven.",
+        "Numbers are many, and some of them are prime, as you know.",
+    ),
+    ("Is water wet?", "Yes.", "Wetness is a matter that has been debated at length by many."),
+    (
+        "What do bees make?",
+        "Honey.",
+        "Bees are insects. Insects have six legs. Legs are for walking.",
+    ),
+    ("How many days has a week?", "Seven days.", "Weeks go by and by, and every one is a week."),
+    (
+        "Who wrote Hamlet?",
+        "Shakespeare.",
+        "A play is written by someone, and someone wrote this one.",
+    ),
+]
+
+
+def llama3_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with Llama 3's size, special tokens and chat format."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)}
+    vocabulary |= {f"<filler_{i}>": i for i in range(len(alphabet), 128_000)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = [SPECIAL.get(i, f"<|reserved_{i}|>") for i in range(128_000, VOCABULARY)]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    # Like Llama 3's own, it puts a begin-of-text before whatever it is given.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", BOT)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        chat_template=LLAMA3_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama3(tmp_path_factory) -> Path:
+    """A folder with a random two-layer Llama with Llama 3's vocabulary and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny-llama3")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=BOT,
+        eos_token_id=EOT,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    llama3_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def explicit(prompt: str, chosen: str, rejected: str) -> dict:
+    return {
+        "prompt": [{"role": "user", "content": prompt}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    write_jsonl(folder / "train.jsonl", [explicit(*pair) for pair in PAIRS[:4]])
+    write_jsonl(folder / "test.jsonl", [explicit(*pair) for pair in PAIRS[4:]])
+    return folder
+
+
+@pytest.fixture
+def tiny_cfg(tiny_llama3, pairs_folder, tmp_path):
+    """Makes the `Config` of a tiny float32 run; keywords replace its values."""
+
+    def make(**overrides) -> Config:
+        values = {
+            "model_name_or_path": str(tiny_llama3),
+            "dataset_name": str(pairs_folder),
+            "output_dir": str(tmp_path / "run"),
+            "load_in_4bit": False,
+            "dtype": "float32",
+            "merge_dtype": "float32",
+            "bf16": False,
+            "report_to": "none",
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 2,
+            "warmup_steps": 0,
+            "learning_rate": 1e-2,
+            "max_new_tokens": 6,
+        }
+        return load_config("configs/smollm2-135m-cpu.yaml", values | overrides)
+
+    return make
+
+
+@pytest.fixture
+def tiny_trainer(tiny_cfg):
+    """Makes the trainer of a tiny run."""
+
+    def make(**overrides):
+        cfg = tiny_cfg(**overrides)
+        path = cfg.model.model_name_or_path
+        return build_trainer(
+            cfg, load_model(cfg, path), load_tokenizer(path), load_preferences(cfg)
+        )
+
+    return make
+
+
+@pytest.fixture
+def loopback():
+    """Starts HTTP servers on 127.0.0.1. `answer(path)` gives (status, headers, body)."""
+    servers = []
+
+    def start(answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def respond(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                self.rfile.read(length)
+                status, headers, body = answer(self.path)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_GET = do_POST = do_HEAD = respond
+
+            def log_message(self, *args) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA GPU, and this machine has none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

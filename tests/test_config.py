@@ -1,0 +1,107 @@
+"""Configs are read strictly, and every one that ships builds its arguments."""
+
+import subprocess
+import sys
+
+import pytest
+from peft import LoraConfig
+from trl import get_peft_config, get_quantization_config
+
+from scripts.config import ROOT, ConfigError, load_config, parse_overrides
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DEFAULT = "configs/smollm2-135m-cpu.yaml"
+SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_the_promised_configs_are_there():
+    assert {path.stem for path in CONFIGS} >= {
+        "llama3-8b-a100",
+        "llama3-8b-a100-short",
+        "llama3-8b-24gb",
+        "llama3-8b-a100-rank416",
+        "smollm2-135m-cpu",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_its_arguments(path):
+    # use_cpu: without it, bf16 asks for a GPU as soon as the arguments are built
+    cfg = load_config(path, {"use_cpu": True})
+    lora, quantization = get_peft_config(cfg.model), get_quantization_config(cfg.model)
+    assert isinstance(lora, LoraConfig)
+    assert lora.target_modules == SEVEN
+    assert quantization.bnb_4bit_quant_type == "nf4"
+    assert quantization.bnb_4bit_use_double_quant
+    assert str(quantization.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    assert cfg.dpo.beta == 0.1
+    assert cfg.dpo.loss_type == ["sigmoid"]
+    assert cfg.dpo.output_dir == f"outputs/{path.stem}"
+
+
+def test_short_and_full_a100_runs_differ_only_in_how_much_is_trained():
+    full = load_config("configs/llama3-8b-a100.yaml", {"use_cpu": True}).given
+    short = load_config("configs/llama3-8b-a100-short.yaml", {"use_cpu": True}).given
+    differing = {k for k in full | short if full.get(k) != short.get(k)}
+    assert differing == {
+        "train_samples", "eval_samples", "max_steps", "num_train_epochs", "logging_steps",
+        "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit",
+        "eval_prompts", "output_dir",
+    }  # fmt: skip
+    assert (short["train_samples"], short["max_steps"]) == (150, 50)
+
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown key `learning_rat`.*`learning_rate`"):
+        load_config(DEFAULT, {"learning_rat": 1e-4})
+    path = tmp_path / "mine.yaml"
+    path.write_text("lora_rank: 8\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key `lora_rank`"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("beta", "small"),
+        ("lora_r", 1.5),
+        ("use_peft", "perhaps"),
+        ("lora_target_modules", 3),
+        ("seed", [1]),
+        ("train_samples", "all"),
+    ],
+)
+def test_ill_typed_values_are_refused(key, value):
+    with pytest.raises(ConfigError, match=f"`{key}` must be"):
+        load_config(DEFAULT, {key: value})
+
+
+def test_yaml_reads_5e_5_as_text_and_the_config_as_a_number():
+    assert load_config(DEFAULT, parse_overrides(["learning_rate=5e-5"])).dpo.learning_rate == 5e-5
+
+
+def test_values_that_trl_refuses_are_config_errors():
+    with pytest.raises(ConfigError, match="loss_weights"):
+        load_config(DEFAULT, {"loss_type": ["sigmoid"], "loss_weights": [0.5, 0.5]})
+
+
+def test_missing_file_lists_what_there_is():
+    with pytest.raises(ConfigError, match=r"smollm2-135m-cpu\.yaml"):
+        load_config("configs/llama4.yaml")
+
+
+def test_saved_config_gives_the_same_run_again(tmp_path):
+    cfg = load_config(DEFAULT, {"beta": 0.3, "train_samples": 7, "output_dir": str(tmp_path)})
+    cfg.save(tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert (again.recipe, again.script, again.model) == (cfg.recipe, cfg.script, cfg.model)
+    first, second = cfg.dpo.to_dict(), again.dpo.to_dict()
+    assert {k for k in first if first[k] != second[k]} == set()
+
+
+def test_a_mistake_on_the_command_line_is_one_line():
+    command = [sys.executable, "-m", "scripts.data", "--set", "betta=0.2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("config error: override: unknown key")
+    assert "Traceback" not in done.stderr
