@@ -1,0 +1,1 @@
+"""Thin helpers behind the notebook: one module per step of the story."""
