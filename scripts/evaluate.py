@@ -1,0 +1,322 @@
+"""Measure the tuned model against the base model on held-out prompts and pairs.
+
+    python -m scripts.evaluate --config outputs/<run>/config.yaml
+
+repeats the evaluation of a finished run from its saved adapter.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate.utils import send_to_device
+from datasets import Dataset
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOTrainer
+
+from scripts.config import Config, argument_parser, config_from_args
+from scripts.textstats import fact_recall, repeated_ngram_share
+
+# What is measured: how it is called in the table, and whether more or less of it is better.
+MEASURES = {
+    "length": "reply length (tokens)",
+    "finished": "replies that finish",
+    "repeated": "repeated 4-grams",
+    "base_nll": "base-model loss per token",
+    "facts": "key facts mentioned",
+}
+
+
+@dataclass
+class Reply:
+    """One generated reply; `ids` ends with the end-of-turn token if the model `finished`."""
+
+    text: str
+    ids: list[int]
+    finished: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of the answer, the end of turn not counted."""
+        return len(self.ids) - self.finished
+
+
+@torch.no_grad()
+def generate_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    label: str = "replies",
+) -> list[Reply]:
+    """Reply to each prompt (a list of messages) with greedy decoding, in the prompts' order.
+
+    Greedy, so that a difference is the model's and not the dice's. Prompts are batched by length
+    and padded on the left.
+    """
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    how = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    texts = [
+        tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
+        for p in prompts
+    ]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    replies: dict[int, Reply] = {}
+    training, start = model.training, time.monotonic()
+    model.eval()
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        inputs = tokenizer(
+            [texts[i] for i in batch], return_tensors="pt", padding=True, padding_side="left",
+            add_special_tokens=False,  # the template has written them already
+        ).to(model.device)  # fmt: skip
+        output = model.generate(**inputs, generation_config=how)
+        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            end = next((n for n, token in enumerate(ids) if token in stops), None)
+            ids = ids if end is None else ids[: end + 1]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            replies[i] = Reply(text, ids, end is not None)
+        seconds = time.monotonic() - start
+        print(f"{label}: {len(replies)}/{len(texts)} replies, {seconds:.0f} s", flush=True)
+    model.train(training)
+    return [replies[i] for i in range(len(texts))]
+
+
+@torch.no_grad()
+def pair_logps(trainer: DPOTrainer, rows: list[dict]) -> dict[str, np.ndarray]:
+    """Log-probabilities of both answers of tokenised pairs, under policy and reference, in nats.
+
+    `rows` have `prompt_ids`, `chosen_ids` and `rejected_ids`, as TRL's trainer tokenises them.
+    Returns arrays (pairs,) `chosen`, `rejected`, `ref_chosen`, `ref_rejected`: sums over the
+    answer's tokens, log pi(y|x) of the DPO paper's eq. 7.
+    """
+    model, size = trainer.model, trainer.args.per_device_eval_batch_size
+    training = model.training
+    model.eval()
+    sums: dict[str, list[torch.Tensor]] = {}
+    for at in range(0, len(rows), size):
+        batch = trainer.data_collator(rows[at : at + size])
+        batch = send_to_device(batch, trainer.accelerator.device)
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with trainer.accelerator.autocast():
+            policy = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                labels=labels,
+                fused_lm_head=True,  # TRL's: per-token log-probabilities without the full logits
+            ).log_probs.sum(1)
+        reference = trainer.compute_ref_log_probs(model, batch)
+        for name, value in zip(
+            ("chosen", "rejected", "ref_chosen", "ref_rejected"),
+            (*policy.chunk(2), *reference),
+            strict=True,
+        ):
+            sums.setdefault(name, []).append(value.float().cpu())
+    model.train(training)
+    return {name: torch.cat(parts).numpy() for name, parts in sums.items()}
+
+
+def implicit_rewards(logps: dict[str, np.ndarray], beta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Implicit rewards r(x, y) = beta * log(pi(y|x) / pi_ref(y|x)) of chosen and rejected.
+
+    DPO paper (arXiv 2305.18290), section 4, up to the term that is the same for both answers.
+    """
+    return (
+        beta * (logps["chosen"] - logps["ref_chosen"]),
+        beta * (logps["rejected"] - logps["ref_rejected"]),
+    )
+
+
+def bootstrap(
+    values: np.ndarray, other: np.ndarray | None = None, draws: int = 10_000, seed: int = 0
+) -> dict[str, float]:
+    """Mean of `values` (minus that of `other`, paired) with its bootstrap 95% interval.
+
+    The percentile method: prompts are drawn again with replacement, both models' values together.
+    """
+    values = np.asarray(values, float) - (0 if other is None else np.asarray(other, float))
+    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.DataFrame]:
+    """Compare policy and base on the held-out `test` pairs.
+
+    Returns:
+        The figures as in `evaluation.json` (each with its bootstrap 95% interval), and a frame
+        with one row a prompt: both replies and every measure of each.
+    """
+    tokenizer, model = trainer.processing_class, trainer.model
+    first: dict[str, int] = {}  # a prompt may stand in several pairs; it is answered once
+    for i, prompt in enumerate(test["prompt"]):
+        first.setdefault(json.dumps(prompt), i)
+    picked = list(first.values())[: cfg.recipe.eval_prompts]
+    prompts = [test[i]["prompt"] for i in picked]
+    replies = {}
+    for who, adapter in (("base", model.disable_adapter()), ("tuned", nullcontext())):
+        with adapter:
+            replies[who] = generate_replies(
+                model, tokenizer, prompts, label=who,
+                max_new_tokens=cfg.recipe.max_new_tokens,
+                batch_size=cfg.recipe.generation_batch_size,
+            )  # fmt: skip
+    frame = pd.DataFrame({"prompt": [p[-1]["content"] for p in prompts]})
+    facts = [test[i].get("facts") for i in picked]
+    for who, rows in replies.items():
+        frame[f"{who}"] = [r.text for r in rows]
+        frame[f"{who}_length"] = [r.length for r in rows]
+        frame[f"{who}_finished"] = [r.finished for r in rows]
+        frame[f"{who}_repeated"] = [repeated_ngram_share(r.ids) for r in rows]
+        if all(facts):
+            pairs = zip(rows, facts, strict=True)
+            frame[f"{who}_facts"] = [fact_recall(r.text, f) for r, f in pairs]
+    for who, values in _base_nll(trainer, prompts, replies).items():
+        frame[f"{who}_base_nll"] = values
+    chosen, rejected = implicit_rewards(
+        pair_logps(trainer, trainer.eval_dataset.to_list()), trainer.beta
+    )
+    return _figures(cfg, frame, chosen, rejected), frame
+
+
+def _base_nll(trainer: DPOTrainer, prompts: list, replies: dict) -> dict[str, np.ndarray]:
+    """Loss per token of each reply under the base model: are the tuned replies still fluent?
+
+    Both replies to a prompt make one pair for `pair_logps`, whose reference is the base model.
+    """
+    rows = []
+    for i, messages in enumerate(prompts):
+        ids = trainer.processing_class.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        base, tuned = replies["base"][i].ids, replies["tuned"][i].ids
+        rows.append({"prompt_ids": ids, "chosen_ids": base, "rejected_ids": tuned})
+    # The collator cuts at max_length, which is for training; here whole replies are scored.
+    limit, trainer.data_collator.max_length = trainer.data_collator.max_length, None
+    logps = pair_logps(trainer, rows)
+    trainer.data_collator.max_length = limit
+    lengths = {who: np.array([max(len(r.ids), 1) for r in rows]) for who, rows in replies.items()}
+    return {
+        "base": -logps["ref_chosen"] / lengths["base"],
+        "tuned": -logps["ref_rejected"] / lengths["tuned"],
+    }
+
+
+def _figures(cfg: Config, frame: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray) -> dict:
+    measures = {}
+    for name in MEASURES:
+        if f"base_{name}" in frame:
+            base, tuned = frame[f"base_{name}"], frame[f"tuned_{name}"]
+            measures[name] = {
+                "base": bootstrap(base),
+                "tuned": bootstrap(tuned),
+                "change": bootstrap(tuned, base),
+            }
+    shorter = 1 - frame["tuned_length"].mean() / frame["base_length"].mean()
+    accuracy, margin = bootstrap(chosen > rejected), bootstrap(chosen - rejected)
+    change = {name: m["change"] for name, m in measures.items()}
+    targets = {
+        "replies at least 30% shorter": shorter >= 0.30,
+        "implicit-reward accuracy at least 0.75": accuracy["mean"] >= 0.75,
+        "no more repetition than base": change["repeated"]["mean"] <= 0,
+        "at least as many replies finish": change["finished"]["mean"] >= 0,
+    }
+    if "facts" in change:  # kept: a loss of more than 5 points is ruled out, or there is none
+        kept = change["facts"]["mean"] >= 0 or change["facts"]["low"] > -0.05
+        targets["key facts kept"] = kept
+    return {
+        "prompts": len(frame),
+        "pairs": len(chosen),
+        "max_new_tokens": cfg.recipe.max_new_tokens,
+        "interval": "bootstrap over prompts (or pairs), 95%, 10000 draws",
+        "shorter": float(shorter),
+        "reward_accuracy": accuracy,
+        "reward_margin": margin,
+        "measures": measures,
+        "targets": {name: bool(met) for name, met in targets.items()},
+    }
+
+
+def save_evaluation(figures: dict, frame: pd.DataFrame, run_dir: Path) -> None:
+    """Write `evaluation.json` and the replies side by side (`replies.jsonl`) into the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "evaluation.json").write_text(json.dumps(figures, indent=2))
+    frame.to_json(run_dir / "replies.jsonl", orient="records", lines=True, force_ascii=False)
+
+
+def evaluation_table(figures: dict) -> pd.DataFrame:
+    """The figures as one table: base, tuned, and the change with its 95% interval."""
+
+    def show(value: dict, signed: bool = False) -> str:
+        digits = 1 if abs(value["mean"]) >= 10 else 2
+        sign = "+" if signed else ""
+        mean, low, high = (f"{value[k]:{sign}.{digits}f}" for k in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
+
+    rows = {
+        label: {
+            "base": show(figures["measures"][name]["base"]),
+            "tuned": show(figures["measures"][name]["tuned"]),
+            "change": show(figures["measures"][name]["change"], signed=True),
+        }
+        for name, label in MEASURES.items()
+        if name in figures["measures"]
+    }
+    # Before training every implicit reward is 0: no pair is told apart, and no margin is there.
+    rows["implicit-reward accuracy"] = {"base": "-", "tuned": show(figures["reward_accuracy"])}
+    rows["implicit-reward margin (nats)"] = {"base": "0", "tuned": show(figures["reward_margin"])}
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+
+
+def side_by_side(frame: pd.DataFrame, rows: int = 6, clip: int = 400) -> str:
+    """An HTML table of the first `rows` prompts with both replies and their lengths."""
+    cells = []
+    for _, row in frame.head(rows).iterrows():
+        line = f"<td><b>{html.escape(row['prompt'])}</b></td>"
+        for who in ("base", "tuned"):
+            text = row[who] if len(row[who]) <= clip else row[who][:clip] + " …"
+            state = "" if row[f"{who}_finished"] else ", cut off"
+            note = f"<i>{row[f'{who}_length']} tokens{state}</i>"
+            line += f"<td>{html.escape(text)}<br>{note}</td>"
+        cells.append(f"<tr style='text-align:left;vertical-align:top'>{line}</tr>")
+    head = "<tr><th>prompt</th><th>before</th><th>after</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{''.join(cells)}</tbody></table>"
+
+
+def main() -> None:
+    from scripts.data import load_preferences
+    from scripts.export import load_adapter
+    from scripts.models import load_model, load_tokenizer, resolve_model
+    from scripts.training import build_trainer
+
+    cfg = config_from_args(argument_parser(__doc__).parse_args())
+    adapter = cfg.run_dir / "adapter"
+    if not adapter.is_dir():
+        sys.exit(f"error: no adapter in {cfg.run_dir}; train first, or give the run's config.yaml")
+    path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
+    print(where)
+    pairs = load_preferences(cfg)
+    trainer = build_trainer(cfg, load_model(cfg, path), load_tokenizer(path), pairs)
+    load_adapter(trainer.model, adapter)
+    figures, frame = evaluate(trainer, cfg, pairs["test"])
+    save_evaluation(figures, frame, cfg.run_dir)
+    print(evaluation_table(figures).to_string())
+
+
+if __name__ == "__main__":
+    main()

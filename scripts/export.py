@@ -1,0 +1,137 @@
+"""Save the adapter, merge it into 16-bit weights, and prove that the merged model is the same.
+
+    python -m scripts.export --config outputs/<run>/config.yaml
+
+merges the saved adapter of a finished run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOTrainer
+
+from scripts.config import Config, argument_parser, config_from_args
+from scripts.models import free_memory
+
+
+class MergeError(RuntimeError):
+    """The merged model does not say what base plus adapter says."""
+
+
+def save_adapter(trainer: DPOTrainer, cfg: Config) -> Path:
+    """Save adapter and tokenizer into the run's `adapter/`: all that training made."""
+    target = cfg.run_dir / "adapter"
+    trainer.model.save_pretrained(target)
+    trainer.processing_class.save_pretrained(target)
+    return target
+
+
+def load_adapter(model: PeftModel, adapter: Path) -> None:
+    """Put saved adapter weights into `model`'s own adapter, in place."""
+    outcome = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+    if outcome.unexpected_keys:
+        raise ValueError(f"{adapter} does not fit this model: {outcome.unexpected_keys[:3]}")
+
+
+def _load_16bit(cfg: Config, path: str | Path) -> PreTrainedModel:
+    """A model in plain 16-bit weights, on the GPU if there is one."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=cfg.recipe.merge_dtype, device_map={"": cfg.dpo.device}
+    ).eval()
+
+
+@torch.no_grad()
+def completion_logps(model: PreTrainedModel, rows: list[dict]) -> list[torch.Tensor]:
+    """Log-probability of every token of `chosen_ids` after `prompt_ids`, one tensor a row.
+
+    One row at a time, and logits only where an answer's token is predicted, so that a vocabulary
+    of 128256 costs little memory. Each tensor is float32 of shape (answer tokens,), in nats.
+    """
+    scores = []
+    for row in rows:
+        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]], device=model.device)
+        answer = ids[0, len(row["prompt_ids"]) :]
+        logits = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+        scores.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].cpu())
+    return scores
+
+
+def merge_adapter(
+    cfg: Config, base: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+) -> tuple[Path, PreTrainedModel, dict[str, float]]:
+    """Merge `adapter` into the 16-bit `base`, save, reload from disk, and compare.
+
+    Merging into the 4-bit weights would round the adapter away with them; the base is loaded
+    again in 16 bits instead. `rows` (tokenised pairs) are scored by base, by base with adapter,
+    and by the merged model read back from disk.
+
+    Returns:
+        The folder `merged/`, the reloaded model, and the mean absolute differences per token, in
+        nats: `effect` (adapter against base: what training changed) and `error` (merged against
+        adapter: what merging changed, 16-bit rounding).
+
+    Raises:
+        MergeError: `error` is more than a tenth of `effect`.
+    """
+    target = cfg.run_dir / "merged"
+    model = _load_16bit(cfg, base)
+    plain = completion_logps(model, rows)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    adapted = completion_logps(model, rows)
+    merged = model.merge_and_unload(safe_merge=True)
+    shutil.rmtree(target, ignore_errors=True)
+    merged.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    del model, merged
+    free_memory()
+    reloaded = _load_16bit(cfg, target)
+    found = completion_logps(reloaded, rows)
+    report = {"effect": _mean_gap(adapted, plain), "error": _mean_gap(found, adapted)}
+    if not report["error"] <= 0.1 * report["effect"]:
+        raise MergeError(
+            f"merged and adapter log-probabilities differ by {report['error']:.4f} nats a token, "
+            f"training changed them by {report['effect']:.4f}; do not use {target}"
+        )
+    return target, reloaded, report
+
+
+def _mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return (torch.cat(a) - torch.cat(b)).abs().mean().item()
+
+
+def main() -> None:
+    from scripts.data import load_preferences
+    from scripts.models import load_tokenizer, resolve_model
+
+    cfg = config_from_args(argument_parser(__doc__).parse_args())
+    adapter = cfg.run_dir / "adapter"
+    if not adapter.is_dir():
+        sys.exit(f"error: no adapter in {cfg.run_dir}; train first, or give the run's config.yaml")
+    path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
+    tokenizer = load_tokenizer(path)
+    rows = tokenised(load_preferences(cfg)["test"].select(range(8)), tokenizer)
+    target, _, report = merge_adapter(cfg, path, adapter, tokenizer, rows)
+    print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")
+    print(f"merging {report['error']:.4f})")
+
+
+def tokenised(pairs, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """`prompt_ids` and `chosen_ids` of conversational pairs, as the trainer makes them."""
+    rows = []
+    for pair in pairs:
+        prompt = tokenizer.apply_chat_template(
+            pair["prompt"], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        whole = tokenizer.apply_chat_template(pair["prompt"] + pair["chosen"], return_dict=True)
+        rows.append({"prompt_ids": prompt, "chosen_ids": whole["input_ids"][len(prompt) :]})
+    return rows
+
+
+if __name__ == "__main__":
+    main()

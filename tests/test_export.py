@@ -1,0 +1,76 @@
+"""The adapter is saved, merged into 16-bit weights, and the merge is proved."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from scripts.data import load_preferences
+from scripts.evaluate import pair_logps
+from scripts.export import (
+    MergeError,
+    completion_logps,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    tokenised,
+)
+from scripts.models import load_tokenizer
+
+
+@pytest.fixture
+def trained(tiny_trainer, tiny_cfg):
+    trainer, cfg = tiny_trainer(), tiny_cfg()
+    trainer.train()
+    return trainer, cfg, save_adapter(trainer, cfg)
+
+
+def test_tokenised_rows_are_the_trainers(tiny_trainer, tiny_cfg):
+    trainer, cfg = tiny_trainer(), tiny_cfg()
+    tokenizer = load_tokenizer(cfg.model.model_name_or_path)
+    for mine, its in zip(
+        tokenised(load_preferences(cfg)["test"], tokenizer), trainer.eval_dataset, strict=True
+    ):
+        assert mine == {"prompt_ids": its["prompt_ids"], "chosen_ids": its["chosen_ids"]}
+
+
+def test_merged_model_says_what_the_adapter_says(trained):
+    trainer, cfg, adapter = trained
+    rows = trainer.eval_dataset.to_list()
+    adapted = completion_logps(trainer.model, rows)
+    base = cfg.model.model_name_or_path
+    target, merged, report = merge_adapter(cfg, base, adapter, trainer.processing_class, rows)
+    for ours, theirs in zip(completion_logps(merged, rows), adapted, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert report["error"] < 1e-4 < report["effect"]
+    again = AutoModelForCausalLM.from_pretrained(target)  # a plain model, no adapter, no 4 bits
+    assert type(again.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert load_tokenizer(str(target)).chat_template is not None
+
+
+def test_an_adapter_too_faint_for_16_bits_is_refused(trained):
+    trainer, cfg, _ = trained
+    for name, value in trainer.model.named_parameters():
+        if "lora_B" in name:  # about as large as the rounding of the weights it is added to
+            value.data.normal_(std=1e-4)
+    adapter = save_adapter(trainer, cfg)
+    cfg.recipe.merge_dtype = "bfloat16"
+    base, rows = cfg.model.model_name_or_path, trainer.eval_dataset.to_list()
+    with pytest.raises(MergeError, match="do not use"):
+        merge_adapter(cfg, base, adapter, trainer.processing_class, rows)
+
+
+def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
+    trainer, _, adapter = trained
+    rows = trainer.eval_dataset.to_list()
+    wanted = pair_logps(trainer, rows)
+    fresh = tiny_trainer()
+    assert (pair_logps(fresh, rows)["chosen"] != wanted["chosen"]).all()
+    load_adapter(fresh.model, adapter)
+    assert pair_logps(fresh, rows)["chosen"] == pytest.approx(wanted["chosen"], abs=1e-5)
+
+
+def test_another_models_adapter_is_refused(trained, tiny_trainer):
+    _, _, adapter = trained
+    other = tiny_trainer(lora_target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_adapter(other.model, adapter)
