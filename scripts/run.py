@@ -1,0 +1,81 @@
+"""Execute the notebook headless with papermill, and print what came of it.
+
+    python -m scripts.run --config configs/smollm2-135m-cpu.yaml --set beta=0.2
+
+The executed notebook goes into the run folder as `notebook.ipynb`; when a cell fails it is written
+all the same, with the error at its top, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+import papermill
+from papermill.exceptions import PapermillExecutionError
+
+from scripts.config import ROOT, Config, argument_parser, config_from_args, parse_overrides
+from scripts.evaluate import evaluation_table
+
+NOTEBOOK = ROOT / "notebooks" / "llama3_dpo.ipynb"
+
+
+def execute(cfg: Config, config: str, overrides: dict) -> None:
+    """Run the notebook for `cfg`, its output passed on as it comes.
+
+    Raises:
+        PapermillExecutionError: a cell failed.
+    """
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    # papermill passes the notebook's own output on through this logger; its line per cell as well.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    for noisy in ("httpx", "httpx2", "papermill.translators"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    papermill.execute_notebook(
+        str(NOTEBOOK),
+        str(cfg.run_dir / "notebook.ipynb"),
+        parameters={"config": config, "overrides": overrides, "output_dir": str(cfg.run_dir)},
+        cwd=str(ROOT),
+        kernel_name="python3",
+        log_output=True,
+        progress_bar=False,
+    )
+
+
+def summary(cfg: Config) -> str:
+    """Where the run's results are, and its before/after table."""
+    figures = json.loads((cfg.run_dir / "evaluation.json").read_text())
+    places = {
+        "executed notebook": "notebook.ipynb",
+        "figures": "figures/",
+        "evaluation": "evaluation.json",
+        "both models' replies": "replies.jsonl",
+        "adapter": "adapter/",
+        "merged model": "merged/",
+        "step log": "metrics.jsonl",
+        "resolved config": "config.yaml",
+    }
+    lines = [f"  {name:<22}{cfg.run_dir / place}" for name, place in places.items()]
+    met = [f"  {'met ' if ok else 'MISSED'}  {name}" for name, ok in figures["targets"].items()]
+    table = evaluation_table(figures).to_string()
+    head = f"Before and after on {figures['prompts']} held-out prompts (95% intervals):"
+    return "\n".join(["", "The run's results:", *lines, "", head, table, "", "Aims:", *met])
+
+
+def main() -> None:
+    args = argument_parser(__doc__).parse_args()
+    cfg = config_from_args(args)  # mistakes show before a kernel starts
+    start = time.monotonic()
+    try:
+        execute(cfg, args.config, parse_overrides(args.overrides))
+    except PapermillExecutionError as error:
+        print(f"\nThe notebook failed in cell {error.exec_count}: {error.ename}: {error.evalue}")
+        sys.exit(f"Its output so far, the error at the top: {cfg.run_dir / 'notebook.ipynb'}")
+    print(summary(cfg))
+    print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.")
+
+
+if __name__ == "__main__":
+    main()
