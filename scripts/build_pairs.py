@@ -110,12 +110,14 @@ def sample_answers(
 def rank(prompt: dict, answers: list[dict]) -> list[dict]:
     """The preference pairs of one prompt: at most one of each kind, or none.
 
-    Chosen is the shortest answer that is finished, ends with a full stop or the like, repeats
-    (next to) nothing, and mentions as many key facts as any of the answers does, at least one.
+    An answer is good if it is finished within 100 tokens, ends with a full stop or the like, is one
+    paragraph, repeats (next to) nothing, and mentions as many key facts as any of the answers
+    does, at least one. Chosen is the good answer of middle length: the shortest of eight is often
+    the emptiest, whatever words it mentions.
 
-    - `concise`: rejected is the longest plain answer at least 1.5 times as long.
-    - `content`: rejected is a finished answer no more than 1.5 times as long that mentions fewer
-      of the facts. It keeps "short" from being all there is to learn.
+    - `concise`: rejected is the longest answer to the plain question, at least 1.5 times as long.
+    - `content`: rejected is a finished answer of much the same length (0.67 to 1.5 times) that
+      mentions fewer of the facts. It keeps "short" from being all there is to learn.
     """
     for answer in answers:
         answer["recall"] = fact_recall(answer["text"], prompt["facts"])
@@ -124,22 +126,25 @@ def rank(prompt: dict, answers: list[dict]) -> list[dict]:
     good = [
         a
         for a in answers
-        if a["finished"] and a["recall"] == best > 0 and a["repeats"] < 0.05
-        if a["text"][-1:] in ".!?" and "\n\n" not in a["text"]
+        if a["finished"] and a["tokens"] <= 100 and a["recall"] == best > 0
+        if a["repeats"] < 0.05 and a["text"][-1:] in ".!?" and "\n\n" not in a["text"]
     ]
     if not good:
         return []
-    chosen = min(good, key=lambda a: a["tokens"])
-    limit = 1.5 * chosen["tokens"]
-    wordy = [a for a in answers if a["style"] == "plain" and a["tokens"] >= limit]
+    chosen = sorted(good, key=lambda a: a["tokens"])[(len(good) - 1) // 2]
+    size = chosen["tokens"]
+    wordy = [a for a in answers if a["style"] == "plain" and a["tokens"] >= 1.5 * size]
     empty = [
-        a for a in answers if a["finished"] and a["recall"] < best and 3 <= a["tokens"] <= limit
+        a
+        for a in answers
+        if a["finished"] and a["recall"] < best and size / 1.5 <= a["tokens"] <= 1.5 * size
     ]
     pairs = []
     if wordy:
         pairs.append(_pair(prompt, "concise", chosen, max(wordy, key=lambda a: a["tokens"])))
     if empty:
-        pairs.append(_pair(prompt, "content", chosen, min(empty, key=lambda a: a["recall"])))
+        nearest = min(empty, key=lambda a: (a["recall"], abs(a["tokens"] - size)))
+        pairs.append(_pair(prompt, "content", chosen, nearest))
     return pairs
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
@@ -68,10 +69,11 @@ def load_preferences(cfg: Config) -> DatasetDict:
     name = args.dataset_name
     if name is None:
         raise DataError("dataset_name is not set: name a folder with pairs or a hub dataset")
-    if (ROOT / name).is_dir():  # `data` means the project's, wherever the notebook is started
-        name = str(ROOT / name)
+    local = next((p for p in (ROOT / name, Path(name)) if p.is_dir()), None)
     try:
-        source = load_dataset(name, args.dataset_config)
+        # A folder is read anew each time: the cache of `datasets` may not notice an edited file.
+        fresh = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+        source = load_dataset(str(local or name), args.dataset_config, **(fresh if local else {}))
     except Exception as error:  # each of its many loaders raises errors of its own
         reason = str(error).splitlines()[0]
         raise DataError(f"cannot load dataset {args.dataset_name!r}: {reason}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
 
@@ -10,6 +12,27 @@ import psutil
 import torch
 
 GB = 1024**3
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next allocation, instead of returning each to the system.
+
+    Torch on a CPU frees and asks for hundreds of MB at every operation; by default each such block
+    is mapped, zeroed page by page and unmapped again, which takes half the time of a training
+    step. On anything but Linux with glibc this does nothing. See mallopt(3).
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            m_trim_threshold, m_mmap_max = -1, -4
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Give the blocks that `keep_freed_memory` kept back to the system."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class MemoryMonitor:

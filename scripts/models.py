@@ -33,6 +33,7 @@ from trl import get_quantization_config
 
 from scripts.config import Config, argument_parser, config_from_args
 from scripts.hub import HubError, hub_state
+from scripts.memory import keep_freed_memory, return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
 
 def load_model(cfg: Config, path: str) -> PreTrainedModel:
     """The policy's base model, quantized as `cfg.model` says, on the device that trains it."""
+    if cfg.dpo.device.type == "cpu":
+        keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained(
         path,
         revision=cfg.model.model_revision,
@@ -185,6 +188,7 @@ def parameter_counts(path: str, peft_config: PeftConfig, revision: str = "main")
 def free_memory() -> None:
     """Give back what is no longer referenced; call it after `del model`."""
     gc.collect()
+    return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

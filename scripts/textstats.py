@@ -29,4 +29,4 @@ def fact_recall(text: str, facts: list[list[str]]) -> float:
 
 def _mentions(text: str, spelling: str) -> bool:
     end = r"(?!\d)" if spelling[-1].isdigit() else ""
-    return re.search(rf"(?<!\w){re.escape(spelling)}{end}", text, re.IGNORECASE) is not None
+    return re.search(rf"(?<![\w^]){re.escape(spelling)}{end}", text, re.IGNORECASE) is not None
