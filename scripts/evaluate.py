@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,37 +98,43 @@ def generate_replies(
 
 
 @torch.no_grad()
-def pair_logps(trainer: DPOTrainer, rows: list[dict]) -> dict[str, np.ndarray]:
+def pair_logps(
+    trainer: DPOTrainer, rows: list[dict], max_length: int | None = None, policy: bool = True
+) -> dict[str, np.ndarray]:
     """Log-probabilities of both answers of tokenised pairs, under policy and reference, in nats.
 
-    `rows` have `prompt_ids`, `chosen_ids` and `rejected_ids`, as TRL's trainer tokenises them.
-    Returns arrays (pairs,) `chosen`, `rejected`, `ref_chosen`, `ref_rejected`: sums over the
-    answer's tokens, log pi(y|x) of the DPO paper's eq. 7.
+    `rows` have `prompt_ids`, `chosen_ids` and `rejected_ids`, as TRL's trainer tokenises them;
+    `max_length` cuts them as in training. Returns arrays of shape (pairs,), in the rows' order:
+    `ref_chosen`, `ref_rejected` and, with `policy`, `chosen` and `rejected`. Each is a sum over
+    the answer's tokens, the log pi(y|x) of the DPO paper's eq. 7.
     """
     model, size = trainer.model, trainer.args.per_device_eval_batch_size
+    collate = replace(trainer.data_collator, max_length=max_length)
+    # Rows of like length together: less padding. The order is undone at the end.
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i].values())))
     training = model.training
     model.eval()
     sums: dict[str, list[torch.Tensor]] = {}
-    for at in range(0, len(rows), size):
-        batch = trainer.data_collator(rows[at : at + size])
+    for at in range(0, len(order), size):
+        batch = collate([rows[i] for i in order[at : at + size]])
         batch = send_to_device(batch, trainer.accelerator.device)
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        with trainer.accelerator.autocast():
-            policy = model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                labels=labels,
-                fused_lm_head=True,  # TRL's: per-token log-probabilities without the full logits
-            ).log_probs.sum(1)
-        reference = trainer.compute_ref_log_probs(model, batch)
-        for name, value in zip(
-            ("chosen", "rejected", "ref_chosen", "ref_rejected"),
-            (*policy.chunk(2), *reference),
-            strict=True,
-        ):
+        found = {}
+        found["ref_chosen"], found["ref_rejected"] = trainer.compute_ref_log_probs(model, batch)
+        if policy:
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+            with trainer.accelerator.autocast():
+                logps = model(
+                    input_ids=batch["input_ids"],
+                    attention_mask=batch["attention_mask"],
+                    labels=labels,
+                    fused_lm_head=True,  # TRL's: log-probabilities without the full logits
+                ).log_probs.sum(1)
+            found["chosen"], found["rejected"] = logps.chunk(2)
+        for name, value in found.items():
             sums.setdefault(name, []).append(value.float().cpu())
     model.train(training)
-    return {name: torch.cat(parts).numpy() for name, parts in sums.items()}
+    back = np.argsort(order)
+    return {name: torch.cat(parts).numpy()[back] for name, parts in sums.items()}
 
 
 def implicit_rewards(logps: dict[str, np.ndarray], beta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -188,10 +194,10 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
             frame[f"{who}_facts"] = [fact_recall(r.text, f) for r, f in pairs]
     for who, values in _base_nll(trainer, prompts, replies).items():
         frame[f"{who}_base_nll"] = values
-    chosen, rejected = implicit_rewards(
-        pair_logps(trainer, trainer.eval_dataset.to_list()), trainer.beta
-    )
-    return _figures(cfg, frame, chosen, rejected), frame
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    tokens = trainer.eval_dataset.select_columns(columns).to_list()
+    logps = pair_logps(trainer, tokens, max_length=cfg.dpo.max_length)
+    return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta)), frame
 
 
 def _base_nll(trainer: DPOTrainer, prompts: list, replies: dict) -> dict[str, np.ndarray]:
@@ -206,10 +212,7 @@ def _base_nll(trainer: DPOTrainer, prompts: list, replies: dict) -> dict[str, np
         )["input_ids"]
         base, tuned = replies["base"][i].ids, replies["tuned"][i].ids
         rows.append({"prompt_ids": ids, "chosen_ids": base, "rejected_ids": tuned})
-    # The collator cuts at max_length, which is for training; here whole replies are scored.
-    limit, trainer.data_collator.max_length = trainer.data_collator.max_length, None
-    logps = pair_logps(trainer, rows)
-    trainer.data_collator.max_length = limit
+    logps = pair_logps(trainer, rows, policy=False)
     lengths = {who: np.array([max(len(r.ids), 1) for r in rows]) for who, rows in replies.items()}
     return {
         "base": -logps["ref_chosen"] / lengths["base"],

@@ -118,6 +118,12 @@ def explicit(prompt: str, chosen: str, rejected: str) -> dict:
     }
 
 
+def token_rows(trainer) -> list[dict]:
+    """The held-out pairs as the trainer tokenised them."""
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    return trainer.eval_dataset.select_columns(columns).to_list()
+
+
 @pytest.fixture(scope="session")
 def pairs_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")

@@ -1,6 +1,5 @@
 """Pairs are read right, and the default ones are what their card says."""
 
-import json
 import re
 
 import pytest
@@ -54,7 +53,7 @@ def test_shipped_pairs_keep_the_rule_of_the_card(shipped):
             assert row["rejected_tokens"] >= 1.5 * row["chosen_tokens"], row["id"]
         else:
             assert row["rejected_recall"] < row["chosen_recall"], row["id"]
-            assert row["rejected_tokens"] <= 1.5 * row["chosen_tokens"], row["id"]
+            assert 1 / 1.5 <= row["rejected_tokens"] / row["chosen_tokens"] <= 1.5, row["id"]
 
 
 def test_no_held_out_prompt_is_near_a_training_one(shipped):
@@ -158,26 +157,27 @@ def answer(text: str, tokens: int, style: str = "plain", finished: bool = True) 
 PROMPT = {"id": "x", "topic": "t", "prompt": "Capital of France?", "facts": [["Paris"], ["Seine"]]}
 
 
-def test_rank_prefers_the_shortest_complete_answer_with_the_most_facts():
+def test_rank_prefers_complete_answers_with_the_most_facts_and_of_middle_length():
     answers = [
         answer("Paris, on the Seine.", 8),
-        answer("It is Paris, which lies on the river Seine.", 14),
+        answer("It is Paris, which lies on the Seine.", 14),
+        answer("Paris is the capital of France, and it lies on the river Seine.", 24),
         answer("Paris on the Seine and on and on", 192, finished=False),
-        answer("Paris.", 3),
+        answer("Paris is the capital of France.", 15),
         answer("Lyon.", 3),
     ]
     concise, content = rank(PROMPT, answers)
-    assert concise["kind"] == "concise"
-    assert concise["chosen"][0]["content"] == "Paris, on the Seine."
+    assert (concise["kind"], content["kind"]) == ("concise", "content")
+    assert concise["chosen"][0]["content"] == "It is Paris, which lies on the Seine."
     assert concise["rejected_tokens"] == 192
-    assert content["kind"] == "content"
-    assert content["rejected"][0]["content"] == "Lyon."
-    json.dumps(concise)
+    assert content["rejected"][0]["content"] == "Paris is the capital of France."
+    assert (content["chosen_recall"], content["rejected_recall"]) == (1.0, 0.5)
 
 
 def test_rank_gives_nothing_when_no_answer_knows_or_finishes():
     assert rank(PROMPT, [answer("Lyon.", 3), answer("Berlin.", 3)]) == []
     assert rank(PROMPT, [answer("Paris on the Seine and", 192, finished=False)]) == []
     assert rank(PROMPT, [answer("Paris, on the Seine", 7)]) == []  # breaks off
+    assert rank(PROMPT, [answer("Paris, on the Seine.", 101)]) == []  # too long to learn from
     loop = "Paris on the Seine " * 5 + "."
     assert rank(PROMPT, [answer(loop, 30)]) == []

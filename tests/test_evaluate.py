@@ -100,9 +100,8 @@ def test_training_shows_in_the_figures_and_in_the_files(tiny_trainer, tiny_cfg, 
     overrides = {"dataset_name": str(tmp_path / "p"), "max_steps": 10}
     trainer, cfg = tiny_trainer(**overrides), tiny_cfg(**overrides)
     trainer.train()
-    limit = trainer.data_collator.max_length
     figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
-    assert trainer.data_collator.max_length == limit
+    assert trainer.data_collator.max_length == cfg.dpo.max_length
     assert (figures["prompts"], figures["pairs"]) == (6, 7)
     assert figures["reward_accuracy"]["mean"] == 1.0  # seen in training: surely told apart
     assert figures["reward_margin"]["low"] > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import token_rows
 from transformers import AutoModelForCausalLM
 
 from scripts.data import load_preferences
@@ -35,7 +36,7 @@ def test_tokenised_rows_are_the_trainers(tiny_trainer, tiny_cfg):
 
 def test_merged_model_says_what_the_adapter_says(trained):
     trainer, cfg, adapter = trained
-    rows = trainer.eval_dataset.to_list()
+    rows = token_rows(trainer)
     adapted = completion_logps(trainer.model, rows)
     base = cfg.model.model_name_or_path
     target, merged, report = merge_adapter(cfg, base, adapter, trainer.processing_class, rows)
@@ -54,14 +55,14 @@ def test_an_adapter_too_faint_for_16_bits_is_refused(trained):
             value.data.normal_(std=1e-4)
     adapter = save_adapter(trainer, cfg)
     cfg.recipe.merge_dtype = "bfloat16"
-    base, rows = cfg.model.model_name_or_path, trainer.eval_dataset.to_list()
+    base, rows = cfg.model.model_name_or_path, token_rows(trainer)
     with pytest.raises(MergeError, match="do not use"):
         merge_adapter(cfg, base, adapter, trainer.processing_class, rows)
 
 
 def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
     trainer, _, adapter = trained
-    rows = trainer.eval_dataset.to_list()
+    rows = token_rows(trainer)
     wanted = pair_logps(trainer, rows)
     fresh = tiny_trainer()
     assert (pair_logps(fresh, rows)["chosen"] != wanted["chosen"]).all()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import BOT, EOT, PAIRS
+from conftest import BOT, EOT, PAIRS, token_rows
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import get_peft_config
@@ -54,9 +54,7 @@ def test_untrained_adapter_has_zero_reward_and_loss_ln_2(tiny_trainer):
     trainer = tiny_trainer()
     loss = trainer.compute_loss(trainer.model.train(), batch_of(trainer))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    chosen, rejected = implicit_rewards(
-        pair_logps(trainer, trainer.eval_dataset.to_list()), trainer.beta
-    )
+    chosen, rejected = implicit_rewards(pair_logps(trainer, token_rows(trainer)), trainer.beta)
     assert abs(chosen).max() == 0.0
     assert abs(rejected).max() == 0.0
 
@@ -89,9 +87,9 @@ def test_one_reference_and_no_second_model(tiny_trainer):
     trainer = tiny_trainer()
     assert trainer.ref_model is None
     assert list(trainer.model.peft_config) == ["default"]  # no copy of the adapter either
-    before = pair_logps(trainer, trainer.eval_dataset.to_list())
+    before = pair_logps(trainer, token_rows(trainer))
     trainer.train()
-    after = pair_logps(trainer, trainer.eval_dataset.to_list())
+    after = pair_logps(trainer, token_rows(trainer))
     assert (after["ref_chosen"] == before["ref_chosen"]).all()
     assert (after["ref_rejected"] == before["ref_rejected"]).all()
     assert (after["chosen"] != before["chosen"]).all()

@@ -1,0 +1,85 @@
+"""The committed notebook is clean, and the notebook runs headless from top to bottom."""
+
+import json
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from scripts.config import ROOT
+from scripts.run import NOTEBOOK
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def test_committed_run_is_clean(committed):
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert outputs
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    assert NOTEBOOK.stat().st_size < 1_500_000
+
+
+def test_committed_run_names_no_machine(committed):
+    text = json.dumps(committed.cells)
+    # base64 pictures hold slashes too, so only what starts like a path counts
+    assert not re.findall(r"(?<![\w+/])/(?:root|home|work|tmp|Users|usr|opt|mnt)/[\w.]+", text)
+    assert "papermill" not in committed.metadata
+
+
+def test_cells_are_short_and_told(committed):
+    for cell in committed.cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 22, cell.source
+    kinds = [cell.cell_type for cell in committed.cells]
+    assert kinds[0] == "markdown"
+    assert kinds.count("markdown") >= 20
+    tags = [cell for cell in committed.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tags) == 1
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scripts.run", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_with_papermill(tmp_path):
+    """The real default model, data and NF4; fewer steps, prompts and tokens."""
+    small = {
+        "max_steps": 3, "train_samples": 24, "eval_samples": 6, "eval_prompts": 4,
+        "max_new_tokens": 24, "report_to": "wandb",
+    }  # fmt: skip
+    options = [part for k, v in small.items() for part in ("--set", f"{k}={v}")]
+    done = run("--output-dir", str(tmp_path / "run"), *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in (
+        "config.yaml", "environment.json", "metrics.jsonl", "memory.csv", "evaluation.json",
+        "replies.jsonl", "adapter/adapter_model.safetensors", "merged/model.safetensors",
+        "figures/training.png", "figures/before_after.png", "figures/memory.png", "notebook.ipynb",
+    ):  # fmt: skip
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert figures["prompts"] == 4
+    assert "Before and after on 4 held-out prompts" in done.stdout
+    assert "step    3/3" in done.stdout
+    executed = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
+    assert not [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
+
+
+@pytest.mark.slow
+def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
+    done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_name=no/such-pairs")
+    assert done.returncode == 1
+    assert "DataError: cannot load dataset 'no/such-pairs'" in done.stdout
+    assert "Traceback" not in done.stderr
+    saved = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
+    assert "no/such-pairs" in json.dumps(saved.cells[:3])
