@@ -110,10 +110,10 @@ def sample_answers(
 def rank(prompt: dict, answers: list[dict]) -> list[dict]:
     """The preference pairs of one prompt: at most one of each kind, or none.
 
-    An answer is good if it is finished within 100 tokens, ends with a full stop or the like, is one
+    An answer is good if it is finished within 80 tokens, ends with a full stop or the like, is one
     paragraph, repeats (next to) nothing, and mentions as many key facts as any of the answers
-    does, at least one. Chosen is the good answer of middle length: the shortest of eight is often
-    the emptiest, whatever words it mentions.
+    does, at least one. Chosen is the longest good one: the limit sees to brevity, and within it the
+    shortest of eight is often the emptiest, whatever words it mentions.
 
     - `concise`: rejected is the longest answer to the plain question, at least 1.5 times as long.
     - `content`: rejected is a finished answer of much the same length (0.67 to 1.5 times) that
@@ -126,12 +126,12 @@ def rank(prompt: dict, answers: list[dict]) -> list[dict]:
     good = [
         a
         for a in answers
-        if a["finished"] and a["tokens"] <= 100 and a["recall"] == best > 0
+        if a["finished"] and a["tokens"] <= 80 and a["recall"] == best > 0
         if a["repeats"] < 0.05 and a["text"][-1:] in ".!?" and "\n\n" not in a["text"]
     ]
     if not good:
         return []
-    chosen = sorted(good, key=lambda a: a["tokens"])[(len(good) - 1) // 2]
+    chosen = max(good, key=lambda a: a["tokens"])
     size = chosen["tokens"]
     wordy = [a for a in answers if a["style"] == "plain" and a["tokens"] >= 1.5 * size]
     empty = [

@@ -108,7 +108,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
             axis.plot(smooth.index, smooth[column], color=colour, lw=1.8, label=label)
 
         draw(loss, "loss", ACCENT, "loss")
-        loss.axhline(np.log(2), color=NEUTRAL, ls=":", label="ln 2: cannot tell them apart")
+        if abs(history["loss"].iloc[0] - np.log(2)) < 0.05:  # the DPO loss and nothing else
+            loss.axhline(np.log(2), color=NEUTRAL, ls=":", label="ln 2: cannot tell them apart")
         draw(rewards, "rewards/chosen", CHOSEN, "chosen")
         draw(rewards, "rewards/rejected", REJECTED, "rejected")
         rewards.axhline(0, color=NEUTRAL, lw=0.8)
@@ -120,7 +121,7 @@ def training_curves(history: pd.DataFrame) -> Figure:
         accuracy.set(ylim=(0, 1.05))
         rate.plot(history.index, history["learning_rate"], color=ACCENT, label="learning rate")
         for axis, title in (
-            (loss, "DPO loss"),
+            (loss, "loss"),
             (rewards, "implicit rewards (nats)"),
             (margin, "reward margin and accuracy"),
             (rate, "learning rate"),

@@ -145,6 +145,8 @@ def tiny_cfg(tiny_llama3, pairs_folder, tmp_path):
             "dtype": "float32",
             "merge_dtype": "float32",
             "bf16": False,
+            "loss_type": "sigmoid",
+            "loss_weights": None,
             "report_to": "none",
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 1,

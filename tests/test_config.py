@@ -35,7 +35,7 @@ def test_every_config_builds_its_arguments(path):
     assert quantization.bnb_4bit_use_double_quant
     assert str(quantization.bnb_4bit_compute_dtype) == "torch.bfloat16"
     assert cfg.dpo.beta == 0.1
-    assert cfg.dpo.loss_type == ["sigmoid"]
+    assert cfg.dpo.loss_type[0] == "sigmoid"
     assert cfg.dpo.output_dir == f"outputs/{path.stem}"
 
 

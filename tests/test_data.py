@@ -157,11 +157,11 @@ def answer(text: str, tokens: int, style: str = "plain", finished: bool = True) 
 PROMPT = {"id": "x", "topic": "t", "prompt": "Capital of France?", "facts": [["Paris"], ["Seine"]]}
 
 
-def test_rank_prefers_complete_answers_with_the_most_facts_and_of_middle_length():
+def test_rank_prefers_the_fullest_answer_within_the_limit():
     answers = [
         answer("Paris, on the Seine.", 8),
         answer("It is Paris, which lies on the Seine.", 14),
-        answer("Paris is the capital of France, and it lies on the river Seine.", 24),
+        answer("Paris is the capital of France, and it lies on the river Seine.", 81),
         answer("Paris on the Seine and on and on", 192, finished=False),
         answer("Paris is the capital of France.", 15),
         answer("Lyon.", 3),
@@ -178,6 +178,6 @@ def test_rank_gives_nothing_when_no_answer_knows_or_finishes():
     assert rank(PROMPT, [answer("Lyon.", 3), answer("Berlin.", 3)]) == []
     assert rank(PROMPT, [answer("Paris on the Seine and", 192, finished=False)]) == []
     assert rank(PROMPT, [answer("Paris, on the Seine", 7)]) == []  # breaks off
-    assert rank(PROMPT, [answer("Paris, on the Seine.", 101)]) == []  # too long to learn from
+    assert rank(PROMPT, [answer("Paris, on the Seine.", 81)]) == []  # too long to learn from
     loop = "Paris on the Seine " * 5 + "."
     assert rank(PROMPT, [answer(loop, 30)]) == []

@@ -83,6 +83,14 @@ def test_loss_is_the_papers_formula_by_hand(tiny_trainer, beta):
     assert loss.item() == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_the_sft_term_is_the_chosen_answers_loss_per_token(tiny_trainer):
+    trainer = tiny_trainer(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
+    rows = trainer.train_dataset.select(range(2)).to_list()
+    per_token = -torch.cat(completion_logps(trainer.model, rows)).mean().item()
+    loss = trainer.compute_loss(trainer.model.train(), batch_of(trainer))
+    assert loss.item() == pytest.approx(math.log(2) + 0.5 * per_token, rel=1e-5)
+
+
 def test_one_reference_and_no_second_model(tiny_trainer):
     trainer = tiny_trainer()
     assert trainer.ref_model is None
