@@ -239,9 +239,8 @@ def _figures(cfg: Config, frame: pd.DataFrame, chosen: np.ndarray, rejected: np.
         "no more repetition than base": change["repeated"]["mean"] <= 0,
         "at least as many replies finish": change["finished"]["mean"] >= 0,
     }
-    if "facts" in change:  # kept: a loss of more than 5 points is ruled out, or there is none
-        kept = change["facts"]["mean"] >= 0 or change["facts"]["low"] > -0.05
-        targets["key facts kept"] = kept
+    if "facts" in change:
+        targets["no loss of key facts shown (interval reaches 0)"] = change["facts"]["high"] >= 0
     return {
         "prompts": len(frame),
         "pairs": len(chosen),

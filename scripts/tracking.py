@@ -61,4 +61,4 @@ def _init(cfg: Config, mode: str) -> wandb.Run:
 def finish_wandb() -> None:
     """Close the W&B run, if one is open."""
     if wandb.run is not None:
-        wandb.finish(quiet=True)
+        wandb.finish()

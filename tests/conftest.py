@@ -15,6 +15,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOTrainer
 
 from scripts.config import Config, load_config
 from scripts.data import load_preferences
@@ -161,17 +162,23 @@ def tiny_cfg(tiny_llama3, pairs_folder, tmp_path):
 
 
 @pytest.fixture
-def tiny_trainer(tiny_cfg):
-    """Makes the trainer of a tiny run."""
+def tiny_run(tiny_cfg):
+    """Makes trainer and config of a tiny run. Building a config resets accelerate's state, so a
+    test that uses a trainer takes its config from here."""
 
-    def make(**overrides):
+    def make(**overrides) -> tuple[DPOTrainer, Config]:
         cfg = tiny_cfg(**overrides)
         path = cfg.model.model_name_or_path
-        return build_trainer(
-            cfg, load_model(cfg, path), load_tokenizer(path), load_preferences(cfg)
-        )
+        pairs = load_preferences(cfg)
+        return build_trainer(cfg, load_model(cfg, path), load_tokenizer(path), pairs), cfg
 
     return make
+
+
+@pytest.fixture
+def tiny_trainer(tiny_run):
+    """Makes the trainer of a tiny run."""
+    return lambda **overrides: tiny_run(**overrides)[0]
 
 
 @pytest.fixture

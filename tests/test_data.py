@@ -127,7 +127,9 @@ def test_unknown_columns_are_named(tiny_cfg, tmp_path):
         load_preferences(tiny_cfg(dataset_name=str(tmp_path / "p"), test_split_size=0.5))
 
 
-def test_a_dataset_that_is_not_there_is_one_clear_error(tiny_cfg):
+def test_a_dataset_that_is_not_there_is_one_clear_error(tiny_cfg, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # spares the retries
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="cannot load dataset 'no/such-pairs'"):
         load_preferences(tiny_cfg(dataset_name="no/such-pairs"))
 

@@ -61,8 +61,8 @@ def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
     assert all(r.finished and r.ids == [0] and r.length == 0 for r in ended)
 
 
-def test_an_untrained_adapter_changes_nothing(tiny_trainer, tiny_cfg):
-    trainer, cfg = tiny_trainer(), tiny_cfg()
+def test_an_untrained_adapter_changes_nothing(tiny_run):
+    trainer, cfg = tiny_run()
     figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
     assert (frame["base"] == frame["tuned"]).all()
     assert figures["shorter"] == 0
@@ -73,11 +73,11 @@ def test_an_untrained_adapter_changes_nothing(tiny_trainer, tiny_cfg):
     assert "facts" not in figures["measures"]  # these pairs list none
 
 
-def test_base_loss_is_that_of_the_model_itself(tiny_trainer, tiny_cfg):
+def test_base_loss_is_that_of_the_model_itself(tiny_run):
     """Replies picked greedily by the base: its loss per token, from its own log-softmax."""
     from scripts.export import completion_logps
 
-    trainer, cfg = tiny_trainer(), tiny_cfg()
+    trainer, cfg = tiny_run()
     test = load_preferences(cfg)["test"]
     _, frame = evaluate(trainer, cfg, test)
     tokenizer = trainer.processing_class
@@ -92,13 +92,13 @@ def test_base_loss_is_that_of_the_model_itself(tiny_trainer, tiny_cfg):
     assert frame["base_base_nll"][0] == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_training_shows_in_the_figures_and_in_the_files(tiny_trainer, tiny_cfg, tmp_path):
+def test_training_shows_in_the_figures_and_in_the_files(tiny_run, tmp_path):
     rows = [explicit(*pair) | {"facts": [["honey", "seven", "paris"]]} for pair in PAIRS]
     rows.append(rows[0])  # a prompt that stands in two pairs is answered once
     write_jsonl(tmp_path / "p" / "train.jsonl", rows)
     write_jsonl(tmp_path / "p" / "test.jsonl", rows)
     overrides = {"dataset_name": str(tmp_path / "p"), "max_steps": 10}
-    trainer, cfg = tiny_trainer(**overrides), tiny_cfg(**overrides)
+    trainer, cfg = tiny_run(**overrides)
     trainer.train()
     figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
     assert trainer.data_collator.max_length == cfg.dpo.max_length
@@ -116,8 +116,8 @@ def test_training_shows_in_the_figures_and_in_the_files(tiny_trainer, tiny_cfg, 
     assert "cut off" in page
 
 
-def test_html_of_a_reply_is_escaped(tiny_trainer, tiny_cfg):
-    cfg = tiny_cfg()
-    _, frame = evaluate(tiny_trainer(), cfg, load_preferences(cfg)["test"])
+def test_html_of_a_reply_is_escaped(tiny_run):
+    trainer, cfg = tiny_run()
+    _, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
     frame["tuned"] = "<script>alert(1)</script>"
     assert "<script>" not in side_by_side(frame)

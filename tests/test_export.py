@@ -19,14 +19,14 @@ from scripts.models import load_tokenizer
 
 
 @pytest.fixture
-def trained(tiny_trainer, tiny_cfg):
-    trainer, cfg = tiny_trainer(), tiny_cfg()
+def trained(tiny_run):
+    trainer, cfg = tiny_run()
     trainer.train()
     return trainer, cfg, save_adapter(trainer, cfg)
 
 
-def test_tokenised_rows_are_the_trainers(tiny_trainer, tiny_cfg):
-    trainer, cfg = tiny_trainer(), tiny_cfg()
+def test_tokenised_rows_are_the_trainers(tiny_run):
+    trainer, cfg = tiny_run()
     tokenizer = load_tokenizer(cfg.model.model_name_or_path)
     for mine, its in zip(
         tokenised(load_preferences(cfg)["test"], tokenizer), trainer.eval_dataset, strict=True
@@ -72,6 +72,6 @@ def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
 
 def test_another_models_adapter_is_refused(trained, tiny_trainer):
     _, _, adapter = trained
-    other = tiny_trainer(lora_target_modules=["q_proj"])
+    other = tiny_trainer(lora_target_modules=["q_proj", "v_proj"])
     with pytest.raises(ValueError, match="does not fit this model"):
         load_adapter(other.model, adapter)
