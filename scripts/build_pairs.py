@@ -15,14 +15,13 @@ picks up where it stopped; ranking is instant.
 from __future__ import annotations
 
 import json
-import sys
 from itertools import groupby
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts.config import ROOT, argument_parser, config_from_args
+from scripts.config import ROOT, RecipeError, argument_parser, command, config_from_args
 from scripts.models import load_tokenizer, resolve_model
 from scripts.textstats import fact_recall, repeated_ngram_share
 
@@ -181,7 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = config_from_args(args)
     if not args.prompts.is_file():
-        sys.exit(f"error: no prompts at {args.prompts}")
+        raise RecipeError(f"no prompts at {args.prompts}")
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
     model = AutoModelForCausalLM.from_pretrained(
@@ -204,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

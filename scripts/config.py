@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,12 @@ from trl import DPOConfig, ModelConfig, ScriptArguments
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class ConfigError(ValueError):
-    """A mistake in a config file or an override, told in one line."""
+class RecipeError(Exception):
+    """Something the user can mend; its one line says what, where and how."""
+
+
+class ConfigError(RecipeError):
+    """A mistake in a config file or an override."""
 
 
 @dataclass
@@ -39,7 +43,7 @@ class RecipeArguments:
     max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
     generation_batch_size: int = 16
     eval_prompts: int | None = None  # try this many held-out prompts (None: all of them)
-    merge_dtype: str = "bfloat16"  # the 16-bit type of the merged model
+    merge_dtype: str = "float16"  # of the merged model; bfloat16 rounds a small update away
     wandb_project: str = "llama3-dpo"
 
 
@@ -160,11 +164,16 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def config_from_args(args: argparse.Namespace) -> Config:
-    """The `Config` that the shared options ask for; a mistake ends the program with one line."""
+    """The `Config` that the shared options ask for."""
+    overrides = parse_overrides(args.overrides)
+    if args.output_dir:
+        overrides["output_dir"] = args.output_dir
+    return load_config(args.config, overrides)
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run `main` as a program: a `RecipeError` ends it with its one line and exit code 1."""
     try:
-        overrides = parse_overrides(args.overrides)
-        if args.output_dir:
-            overrides["output_dir"] = args.output_dir
-        return load_config(args.config, overrides)
-    except ConfigError as error:
-        sys.exit(f"config error: {error}")
+        main()
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

@@ -7,7 +7,6 @@ prints the lengths of the pairs that a config names and the exact text of the fi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,17 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from scripts.config import ROOT, Config, argument_parser, config_from_args
+from scripts.config import (
+    ROOT,
+    Config,
+    RecipeError,
+    argument_parser,
+    command,
+    config_from_args,
+)
 
 
-class DataError(ValueError):
+class DataError(RecipeError):
     """The data cannot be read as preference pairs: what, where and how to mend it."""
 
 
@@ -155,10 +161,7 @@ def main() -> None:
     cfg = config_from_args(argument_parser(__doc__).parse_args())
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path)
-    try:
-        pairs = load_preferences(cfg)
-    except DataError as error:
-        sys.exit(f"data error: {error}")
+    pairs = load_preferences(cfg)
     for split, rows in pairs.items():
         print(f"\n{split}: {len(rows)} pairs")
         print(length_table(token_lengths(rows, tokenizer)).to_string())
@@ -167,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import html
 import json
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from scripts.config import Config, argument_parser, config_from_args
+from scripts.config import Config, argument_parser, command, config_from_args
 from scripts.textstats import fact_recall, repeated_ngram_share
 
 # What is measured: how it is called in the table, and whether more or less of it is better.
@@ -302,14 +301,12 @@ def side_by_side(frame: pd.DataFrame, rows: int = 6, clip: int = 400) -> str:
 
 def main() -> None:
     from scripts.data import load_preferences
-    from scripts.export import load_adapter
+    from scripts.export import load_adapter, require_adapter
     from scripts.models import load_model, load_tokenizer, resolve_model
     from scripts.training import build_trainer
 
     cfg = config_from_args(argument_parser(__doc__).parse_args())
-    adapter = cfg.run_dir / "adapter"
-    if not adapter.is_dir():
-        sys.exit(f"error: no adapter in {cfg.run_dir}; train first, or give the run's config.yaml")
+    adapter = require_adapter(cfg)
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
     pairs = load_preferences(cfg)
@@ -321,4 +318,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

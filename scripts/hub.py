@@ -15,10 +15,12 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
+from scripts.config import RecipeError
+
 TIMEOUT = 10  # seconds the hub has to answer the first question
 
 
-class HubError(RuntimeError):
+class HubError(RecipeError):
     """The model cannot be had from the hub, and what to do about it."""
 
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 from trl import get_quantization_config
 
-from scripts.config import Config, argument_parser, config_from_args
+from scripts.config import Config, RecipeError, argument_parser, command, config_from_args
 from scripts.hub import HubError, hub_state
 from scripts.memory import keep_freed_memory, return_freed_memory
 
@@ -142,11 +142,11 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     Padding is masked in the loss and in attention, so which token pads has no effect on training.
 
     Raises:
-        ValueError: the tokenizer has no chat template, so it is not that of a chat model.
+        RecipeError: the tokenizer has no chat template, so it is not that of a chat model.
     """
     tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise RecipeError(
             f"{path} has no chat template: name an Instruct model, or add a chat_template.jinja"
         )
     if tokenizer.pad_token is None:
@@ -194,9 +194,10 @@ def free_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def main() -> None:
+    cfg = config_from_args(argument_parser(__doc__).parse_args())
+    print(resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)[1])
+
+
 if __name__ == "__main__":
-    config = config_from_args(argument_parser(__doc__).parse_args())
-    try:
-        print(resolve_model(config.model.model_name_or_path, config.model.model_revision)[1])
-    except HubError as problem:
-        sys.exit(f"model error: {problem}")
+    command(main)

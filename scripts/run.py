@@ -16,7 +16,14 @@ import time
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from scripts.config import ROOT, Config, argument_parser, config_from_args, parse_overrides
+from scripts.config import (
+    ROOT,
+    Config,
+    argument_parser,
+    command,
+    config_from_args,
+    parse_overrides,
+)
 from scripts.evaluate import evaluation_table
 
 NOTEBOOK = ROOT / "notebooks" / "llama3_dpo.ipynb"
@@ -78,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

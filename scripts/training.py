@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import DPOTrainer, get_peft_config
 
-from scripts.config import ROOT, Config, argument_parser, config_from_args
+from scripts.config import ROOT, Config, argument_parser, command, config_from_args
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -150,13 +150,10 @@ def main() -> None:
     from scripts.tracking import finish_wandb, start_wandb
 
     cfg = config_from_args(argument_parser(__doc__).parse_args())
-    try:
-        hub_login(cfg.model.model_name_or_path, cfg.model.model_revision)
-        path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
-        print(where)
-        pairs = load_preferences(cfg)
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    hub_login(cfg.model.model_name_or_path, cfg.model.model_revision)
+    path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
+    print(where)
+    pairs = load_preferences(cfg)
     start_run(cfg)
     print(start_wandb(cfg))
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
@@ -167,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -103,5 +103,5 @@ def test_a_mistake_on_the_command_line_is_one_line():
     command = [sys.executable, "-m", "scripts.data", "--set", "betta=0.2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("config error: override: unknown key")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: override: unknown key")
     assert "Traceback" not in done.stderr

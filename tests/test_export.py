@@ -5,6 +5,7 @@ import torch
 from conftest import token_rows
 from transformers import AutoModelForCausalLM
 
+from scripts.config import RecipeError
 from scripts.data import load_preferences
 from scripts.evaluate import pair_logps
 from scripts.export import (
@@ -73,5 +74,5 @@ def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
 def test_another_models_adapter_is_refused(trained, tiny_trainer):
     _, _, adapter = trained
     other = tiny_trainer(lora_target_modules=["q_proj", "v_proj"])
-    with pytest.raises(ValueError, match="does not fit this model"):
+    with pytest.raises(RecipeError, match="does not fit this model"):
         load_adapter(other.model, adapter)

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from scripts import hub, models
-from scripts.config import ROOT
+from scripts.config import ROOT, RecipeError
 from scripts.hub import HubError, hub_login, hub_state, someone_is_there
 from scripts.models import WHEELS, Wheel, load_tokenizer, model_from_wheel, resolve_model
 
@@ -143,7 +143,7 @@ def test_a_tokenizer_without_chat_template_is_refused(tiny_llama3, tmp_path):
     for file in tiny_llama3.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_bytes((tiny_llama3 / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="no chat template: name an Instruct model"):
+    with pytest.raises(RecipeError, match="no chat template: name an Instruct model"):
         load_tokenizer(str(tmp_path))
 
 
@@ -179,7 +179,7 @@ def test_a_model_problem_on_the_command_line_is_one_line(loopback):
         env={**_environment(), "HF_ENDPOINT": url},
     )
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("model error: `meta-llama")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: `meta-llama")
     assert "Traceback" not in done.stderr
 
 
