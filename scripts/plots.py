@@ -176,7 +176,7 @@ def before_after(figures: dict, frame: pd.DataFrame) -> Figure:
             f"reply length: {figures['shorter']:.0%} shorter on average (× = cut off)", loc="left"
         )
         lengths.set(xlabel="held-out prompts, by the base model's length", ylabel="tokens")
-        lengths.legend(loc="lower right")
+        lengths.legend(loc="upper left", bbox_to_anchor=(0, 0.9), frameon=True)
         names = [n for n in ("finished", "facts", "repeated") if n in figures["measures"]]
         titles = {"finished": "finish", "facts": "key facts", "repeated": "repeated\n4-grams"}
         for x, name in enumerate(names):
