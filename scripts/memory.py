@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next allocation, instead of returning each to the system.
 
     Torch on a CPU frees and asks for hundreds of MB at every operation; by default each such block
-    is mapped, zeroed page by page and unmapped again, which takes half the time of a training
-    step. On anything but Linux with glibc this does nothing. See mallopt(3).
+    is mapped, faulted in page by page and unmapped again, which can take as long as the arithmetic.
+    On anything but Linux with glibc this does nothing. See mallopt(3).
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
