@@ -1,9 +1,6 @@
 """Memory is noted by phase, and the figures show the data they are given."""
 
 import mmap
-import platform
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +8,6 @@ import pytest
 from matplotlib import pyplot as plt
 
 from scripts import plots
-from scripts.config import ROOT
 from scripts.memory import MemoryMonitor
 
 
@@ -35,34 +31,6 @@ def test_a_phase_shows_the_memory_it_took():
     assert table.loc["big", "peak GB"] >= before + 0.09
     assert frame["seconds"].is_monotonic_increasing
     assert len(frame) == len(monitor.frame())  # the thread has ended
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_kept_memory_saves_page_faults():
-    """Page faults of a few training steps, each way in a process of its own."""
-    program = """
-import resource, sys, torch
-from scripts.memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-layers = [torch.nn.Linear(512, 512) for _ in range(4)]
-def step():
-    x = torch.randn(4000, 512)
-    for layer in layers:
-        x = torch.nn.functional.silu(layer(x))
-    x.sum().backward()
-step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-    def faults(how: str) -> int:
-        command = [sys.executable, "-c", program, how]
-        return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
-
-    assert faults("keep") < 0.75 * faults("usual")
 
 
 def steps(n: int = 30) -> pd.DataFrame:
