@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 
@@ -17,8 +16,6 @@ def quiet(progress_bars: bool = False) -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl|peft")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    # bitsandbytes names an optional faster CPU kernel each time it does without it.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     import transformers
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
