@@ -3,7 +3,7 @@
     python -m scripts.run --config configs/smollm2-135m-cpu.yaml --set beta=0.2
 
 The executed notebook goes into the run folder as `notebook.ipynb`; when a cell fails it is written
-all the same, with the error at its top, and the exit code is 1.
+all the same, with a link to the error at its top, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def main() -> None:
         execute(cfg, args.config, parse_overrides(args.overrides))
     except PapermillExecutionError as error:
         print(f"\nThe notebook failed in cell {error.exec_count}: {error.ename}: {error.evalue}")
-        sys.exit(f"Its output so far, the error at the top: {cfg.run_dir / 'notebook.ipynb'}")
+        sys.exit(
+            f"Its output so far, a link to the error at the top: {cfg.run_dir / 'notebook.ipynb'}"
+        )
     print(summary(cfg))
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.")
 

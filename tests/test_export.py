@@ -49,8 +49,12 @@ def test_merged_model_says_what_the_adapter_says(trained):
     assert load_tokenizer(str(target)).chat_template is not None
 
 
-def test_an_adapter_too_faint_for_16_bits_is_refused(trained):
-    trainer, cfg, _ = trained
+def test_an_adapter_too_faint_for_16_bits_is_refused(tiny_llama3, tiny_run, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama3)
+    base.lm_head.weight.data.mul_(100)  # a random head is near uniform; make small errors show
+    base.save_pretrained(tmp_path / "base")
+    load_tokenizer(str(tiny_llama3)).save_pretrained(tmp_path / "base")
+    trainer, cfg = tiny_run(model_name_or_path=str(tmp_path / "base"))
     for name, value in trainer.model.named_parameters():
         if "lora_B" in name:  # about as large as the rounding of the weights it is added to
             value.data.normal_(std=1e-4)

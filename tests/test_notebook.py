@@ -82,4 +82,6 @@ def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
     assert "DataError: cannot load dataset 'no/such-pairs'" in done.stdout
     assert "Traceback" not in done.stderr
     saved = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
-    assert "no/such-pairs" in json.dumps(saved.cells[:3])
+    assert "An Exception was encountered at" in saved.cells[0].source  # links to the cell
+    errors = [o for c in saved.cells for o in c.get("outputs", []) if o.output_type == "error"]
+    assert [error.ename for error in errors] == ["DataError"]
