@@ -63,11 +63,11 @@ def sample_answers(
     """
     jobs = [(s, p) for s, n in SAMPLES.items() for p in prompts for _ in range(n)]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    rows = [json.loads(line) for line in path.open()] if path.exists() else []
+    rows = read_jsonl(path) if path.exists() else []
     done = len(rows) // batch_size if len(rows) < len(jobs) else len(batches)
     rows = rows[: done * batch_size]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for index, batch in enumerate(batches[done:], start=done):
             torch.manual_seed(seed + index)
@@ -169,7 +169,8 @@ def _pair(prompt: dict, kind: str, chosen: dict, rejected: dict) -> dict:
 
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028 in a text
+        return [json.loads(line) for line in file]
 
 
 def main() -> None:
