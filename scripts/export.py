@@ -57,7 +57,10 @@ def load_adapter(model: PeftModel, adapter: Path) -> None:
 def _load_16bit(cfg: Config, path: str | Path) -> PreTrainedModel:
     """A model in plain 16-bit weights, on the GPU if there is one."""
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=cfg.recipe.merge_dtype, device_map={"": cfg.dpo.device}
+        path,
+        revision=cfg.model.model_revision,
+        dtype=cfg.recipe.merge_dtype,
+        device_map={"": cfg.dpo.device},
     ).eval()
 
 
@@ -98,25 +101,29 @@ def merge_adapter(
         MergeError: `error` is more than a tenth of `effect`, and more than 16-bit arithmetic
             itself scatters (`NOISE`), so that a run of a few steps can be merged too.
     """
-    target = cfg.run_dir / "merged"
+    target, trial = cfg.run_dir / "merged", cfg.run_dir / "merged.unproved"
     model = _load_16bit(cfg, base)
     plain = completion_logps(model, rows)
     model = PeftModel.from_pretrained(model, adapter).eval()
     adapted = completion_logps(model, rows)
     merged = model.merge_and_unload(safe_merge=True)
-    shutil.rmtree(target, ignore_errors=True)
-    merged.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    shutil.rmtree(trial, ignore_errors=True)
+    merged.save_pretrained(trial)
+    tokenizer.save_pretrained(trial)
     del model, merged
     free_memory()
-    reloaded = _load_16bit(cfg, target)
+    reloaded = _load_16bit(cfg, trial)
     found = completion_logps(reloaded, rows)
     report = {"effect": _mean_gap(adapted, plain), "error": _mean_gap(found, adapted)}
     if not report["error"] <= max(0.1 * report["effect"], NOISE):
+        shutil.rmtree(trial)
         raise MergeError(
             f"merged and adapter log-probabilities differ by {report['error']:.4f} nats a token, "
-            f"training changed them by {report['effect']:.4f}; do not use {target}"
+            f"training changed them by {report['effect']:.4f}; do not use it: it is deleted, "
+            "and an earlier one is kept"
         )
+    shutil.rmtree(target, ignore_errors=True)  # an earlier merge goes only once this one is proved
+    trial.rename(target)
     return target, reloaded, report
 
 
@@ -131,8 +138,9 @@ def main() -> None:
     cfg = config_from_args(argument_parser(__doc__).parse_args())
     adapter = require_adapter(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
-    tokenizer = load_tokenizer(path)
-    rows = tokenised(load_preferences(cfg)["test"].select(range(8)), tokenizer)
+    tokenizer = load_tokenizer(path, cfg.model.model_revision)
+    test = load_preferences(cfg)["test"]
+    rows = tokenised(test.select(range(min(8, len(test)))), tokenizer)
     target, _, report = merge_adapter(cfg, path, adapter, tokenizer, rows)
     print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")
     print(f"merging {report['error']:.4f})")

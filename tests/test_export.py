@@ -61,8 +61,13 @@ def test_an_adapter_too_faint_for_16_bits_is_refused(tiny_llama3, tiny_run, tmp_
     adapter = save_adapter(trainer, cfg)
     cfg.recipe.merge_dtype = "bfloat16"
     base, rows = cfg.model.model_name_or_path, token_rows(trainer)
+    earlier = cfg.run_dir / "merged" / "model.safetensors"
+    earlier.parent.mkdir()
+    earlier.write_text("an earlier merge")
     with pytest.raises(MergeError, match="do not use"):
         merge_adapter(cfg, base, adapter, trainer.processing_class, rows)
+    assert earlier.read_text() == "an earlier merge"
+    assert not (cfg.run_dir / "merged.unproved").exists()
 
 
 def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
