@@ -1,29 +1,31 @@
-"""Make the preference pairs in `data/`: sample answers from the model itself, then rank them.
+"""Make preference pairs from a model's own answers: sample several to a prompt, then judge them.
 
-Two steps, each a function you can call alone:
+    python -m scripts.data build --prompts prompts.jsonl --judge rule --out outputs/pairs
 
-1. `sample_answers` asks the base model every prompt several times, once plainly and once with a
-   request to be brief, so that both rambling and short answers are the model's own (on-policy).
-2. `rank` applies the rule of `data/README.md` to the answers of one prompt and returns its pairs.
-
-    python -m scripts.build_pairs --config configs/smollm2-135m-cpu.yaml
-
-Sampling takes about half an hour on two cores. It appends to `samples.jsonl` batch by batch and
-picks up where it stopped; ranking is instant.
+A prompt is a JSON line with `prompt` (text or messages) and perhaps `id`, `split` (`train` or
+`test`) and `facts` (for the rule). Sampling appends to `.build/samples.jsonl` in the output folder
+batch by batch, judging to `.build/judged.jsonl` prompt by prompt; a command that was stopped goes
+on where it was, and ends with the same files as one that was not.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from itertools import groupby
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
-from scripts.config import ROOT, RecipeError, argument_parser, command, config_from_args
+from scripts.config import Config, RecipeError, argument_parser, config_from_args
+from scripts.evaluate import generate_replies
+from scripts.formats import BadRow, Messages, as_messages
+from scripts.judges import Endpoint, Preference, RewardModel, Rule
 from scripts.models import load_tokenizer, resolve_model
-from scripts.textstats import fact_recall, repeated_ngram_share
+from scripts.sources import read_file
 
 # How a prompt is put to the model. The pair keeps only the plain prompt: what the request to be
 # brief brought out, the tuned model is to do unasked.
@@ -32,176 +34,274 @@ STYLES: dict[str, dict[str, str]] = {
     "brief": {"suffix": " Answer in one or two short sentences."},
     "accurate": {"system": "Answer in one or two short, accurate sentences."},
 }
-SAMPLES = {"plain": 4, "brief": 2, "accurate": 2}
+Sampler = Callable[[list[Messages], int], list[tuple[str, int, bool]]]
+Judge = Rule | RewardModel | Endpoint
 
 
-def as_messages(prompt: str, style: str) -> list[dict[str, str]]:
-    """The chat messages that ask `prompt` in one of the `STYLES`."""
+def styled(messages: Messages, style: str) -> Messages:
+    """The conversation `messages`, put to the model in one of the `STYLES`."""
     how = STYLES[style]
-    system = [{"role": "system", "content": how["system"]}] if "system" in how else []
-    return [*system, {"role": "user", "content": prompt + how.get("suffix", "")}]
+    *earlier, last = messages
+    if "system" in how and not any(m["role"] == "system" for m in messages):
+        earlier = [{"role": "system", "content": how["system"]}, *earlier]
+    return [*earlier, last | {"content": last["content"] + how.get("suffix", "")}]
 
 
-@torch.no_grad()
+def transformers_sampler(cfg: Config, path: str, **sampling) -> Sampler:
+    """Answers by `generate`, in 16 bits; the numbers are those of `sampling`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path, revision=cfg.model.model_revision, dtype=cfg.model.dtype,
+        device_map={"": cfg.dpo.device},
+    )  # fmt: skip
+    tokenizer = load_tokenizer(path, cfg.model.model_revision)
+
+    def sample(prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
+        torch.manual_seed(seed)
+        replies = generate_replies(
+            model, tokenizer, prompts, batch_size=len(prompts), label=None, **sampling
+        )
+        return [(reply.text, reply.length, reply.finished) for reply in replies]
+
+    return sample
+
+
+def vllm_sampler(cfg: Config, path: str, *, max_new_tokens: int, **sampling) -> Sampler:
+    """Answers by vLLM, for a GPU. https://docs.vllm.ai/en/latest/api/vllm/sampling_params.html"""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=path, revision=cfg.model.model_revision, dtype=str(cfg.model.dtype))
+
+    def sample(prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
+        how = [
+            SamplingParams(max_tokens=max_new_tokens, seed=seed * 100_003 + i, **sampling)
+            for i in range(len(prompts))
+        ]
+        outputs = [o.outputs[0] for o in llm.chat(prompts, how, use_tqdm=False)]
+        return [
+            (o.text.strip(), len(o.token_ids) - (o.finish_reason == "stop"),
+             o.finish_reason == "stop")
+            for o in outputs
+        ]  # fmt: skip
+
+    return sample
+
+
 def sample_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[dict],
-    path: Path,
-    *,
-    max_new_tokens: int = 192,
-    batch_size: int = 64,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    seed: int = 0,
-) -> list[dict]:
+    sample: Sampler, prompts: list[dict], path: Path, *,
+    styles: dict[str, int], batch_size: int, seed: int,
+) -> list[dict]:  # fmt: skip
     """Sample answers to `prompts` into the JSON-lines file `path`, and return all its rows.
 
     Each batch has its own seed, so a run that was stopped and resumed writes the same file as one
-    that was not. A row holds `id`, `style`, `text`, `tokens` (end of turn not counted) and
-    `finished` (whether the model ended its turn within `max_new_tokens`).
+    that was not; what a kill left of a batch is sampled again. A row holds `id`, `style`, `text`,
+    `tokens` (end of turn not counted) and `finished` (whether the model ended its turn in time).
     """
-    jobs = [(s, p) for s, n in SAMPLES.items() for p in prompts for _ in range(n)]
+    jobs = [(s, p) for s, n in styles.items() for p in prompts for _ in range(n)]
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    rows = read_jsonl(path) if path.exists() else []
-    done = len(rows) // batch_size if len(rows) < len(jobs) else len(batches)
+    rows = read_jsonl(path)
+    done = len(batches) if len(rows) == len(jobs) else len(rows) // batch_size
     rows = rows[: done * batch_size]
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(line(row) for row in rows)
         for index, batch in enumerate(batches[done:], start=done):
-            torch.manual_seed(seed + index)
-            texts = [
-                tokenizer.apply_chat_template(
-                    as_messages(p["prompt"], style), tokenize=False, add_generation_prompt=True
-                )
-                for style, p in batch
-            ]
-            inputs = tokenizer(
-                texts,
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-                add_special_tokens=False,
-            ).to(model.device)
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=0,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, inputs["input_ids"].shape[1] :]
-            for (style, p), ids in zip(batch, output.tolist(), strict=True):
-                finished = tokenizer.eos_token_id in ids
-                length = ids.index(tokenizer.eos_token_id) if finished else len(ids)
-                text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
+            answers = sample([styled(p["messages"], style) for style, p in batch], seed + index)
+            for (style, p), (text, tokens, finished) in zip(batch, answers, strict=True):
                 row = {"id": p["id"], "style": style, "text": text}
-                row |= {"tokens": length, "finished": finished}
-                rows.append(row)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                rows.append(row | {"tokens": tokens, "finished": finished})
+                file.write(line(rows[-1]))
             file.flush()
             print(f"sampled {len(rows)}/{len(jobs)} answers", flush=True)
     return rows
 
 
-def rank(prompt: dict, answers: list[dict]) -> list[dict]:
-    """The preference pairs of one prompt: at most one of each kind, or none.
+def judge_answers(judge: Judge, prompts: list[dict], answers: list[dict], path: Path) -> list[dict]:
+    """The pairs that `judge` finds, prompt by prompt; those already in `path` are not asked again.
 
-    An answer is good if it is finished within 80 tokens, ends with a full stop or the like, is one
-    paragraph, repeats (next to) nothing, and mentions as many key facts as any of the answers
-    does, at least one. Chosen is the longest good one: the limit sees to brevity, and within it the
-    shortest of eight is often the emptiest, whatever words it mentions.
-
-    - `concise`: rejected is the longest answer to the plain question, at least 1.5 times as long.
-    - `content`: rejected is a finished answer of much the same length (0.67 to 1.5 times) that
-      mentions fewer of the facts. It keeps "short" from being all there is to learn.
+    A line of `path` holds the `id` of a prompt and its `pairs`, none if the judge saw a tie.
     """
-    for answer in answers:
-        answer["recall"] = fact_recall(answer["text"], prompt["facts"])
-        answer["repeats"] = repeated_ngram_share(answer["text"].lower().split())
-    best = max(a["recall"] for a in answers)
-    good = [
-        a
-        for a in answers
-        if a["finished"] and a["tokens"] <= 80 and a["recall"] == best > 0
-        if a["repeats"] < 0.05 and a["text"][-1:] in ".!?" and "\n\n" not in a["text"]
-    ]
-    if not good:
-        return []
-    chosen = max(good, key=lambda a: a["tokens"])
-    size = chosen["tokens"]
-    wordy = [a for a in answers if a["style"] == "plain" and a["tokens"] >= 1.5 * size]
-    empty = [
-        a
-        for a in answers
-        if a["finished"] and a["recall"] < best and size / 1.5 <= a["tokens"] <= 1.5 * size
-    ]
-    pairs = []
-    if wordy:
-        pairs.append(_pair(prompt, "concise", chosen, max(wordy, key=lambda a: a["tokens"])))
-    if empty:
-        nearest = min(empty, key=lambda a: (a["recall"], abs(a["tokens"] - size)))
-        pairs.append(_pair(prompt, "content", chosen, nearest))
-    return pairs
+    by_prompt = defaultdict(list)
+    for number, answer in enumerate(answers):
+        by_prompt[answer["id"]].append(answer | {"sample": number})
+    judged = read_jsonl(path)
+    rest = prompts[len(judged) :]
+    pool = ThreadPoolExecutor(judge.workers)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(line(row) for row in judged)
+        file.flush()
+        try:
+            verdicts = pool.map(lambda prompt: judge(prompt, by_prompt[prompt["id"]]), rest)
+            for prompt, found in zip(rest, verdicts, strict=True):
+                judged.append({"id": prompt["id"], "pairs": [as_row(prompt, p) for p in found]})
+                file.write(line(judged[-1]))
+                file.flush()
+                if len(judged) % 50 == 0 or len(judged) == len(prompts):
+                    print(f"judged {len(judged)}/{len(prompts)} prompts", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # a judge that failed is not asked about the rest
+    return [pair for row in judged for pair in row["pairs"]]
 
 
-def _pair(prompt: dict, kind: str, chosen: dict, rejected: dict) -> dict:
-    def message(role: str, text: str) -> list[dict]:
-        return [{"role": role, "content": text}]
+def as_row(prompt: dict, preference: Preference) -> dict:
+    """One pair as a row: the prompt's own fields, the messages, and how each answer came about."""
+    row = {k: v for k, v in prompt.items() if k not in ("messages", "prompt", "split")}
+    row |= {"kind": preference.kind, "prompt": prompt["messages"]}
+    answers = {"chosen": preference.chosen, "rejected": preference.rejected}
+    for side, answer in answers.items():
+        row[side] = [{"role": "assistant", "content": answer["text"]}]
+    for side, answer in answers.items():
+        for key in ("sample", "style", "tokens", "finished"):
+            row[f"{side}_{key}"] = answer[key]
+    return row | preference.verdict
 
-    about = {
-        f"{side}_{key}": answer[key]
-        for side, answer in (("chosen", chosen), ("rejected", rejected))
-        for key in ("style", "tokens", "finished", "recall")
-    }
-    return {
-        "id": prompt["id"],
-        "topic": prompt["topic"],
-        "kind": kind,
-        "prompt": message("user", prompt["prompt"]),
-        "chosen": message("assistant", chosen["text"]),
-        "rejected": message("assistant", rejected["text"]),
-        "facts": prompt["facts"],
-    } | about
+
+def line(row: dict) -> str:
+    """`row` as a JSON line."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file."""
+    """The rows of a JSON-lines file; of one that is not there, none. A last line that a kill cut
+    short is left out."""
+    if not path.exists():
+        return []
+    rows = []
     with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028 in a text
-        return [json.loads(line) for line in file]
+        for text in file:
+            if text.endswith("\n"):
+                rows.append(json.loads(text))
+    return rows
 
 
-def main() -> None:
+def read_prompts(path: Path) -> list[dict]:
+    """The prompts in `path`, each with an `id` and its `messages`.
+
+    Raises:
+        RecipeError: there is no such file, or a line is no prompt; it names the line.
+    """
+    if not path.is_file():
+        raise RecipeError(f"no prompts at {path}: give --prompts a JSON-lines, JSON or CSV file")
+    prompts, seen = [], set()
+    for number, (where, row, told) in enumerate(read_file(path)):
+        try:
+            if row is None:
+                raise BadRow("unreadable", told)
+            messages = as_messages(row.get("prompt"), "user", "prompt")
+            if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
+                raise BadRow("roles", "the prompt does not end with the user's message")
+            name = row.get("id", f"prompt-{number:05d}")
+            if name in seen:
+                raise BadRow("duplicate", f"the id {name!r} stands there twice")
+        except BadRow as error:
+            raise RecipeError(f"{where}: {error}") from None
+        seen.add(name)
+        prompts.append(row | {"id": name, "messages": messages})
+    return prompts
+
+
+def parse_styles(text: str) -> dict[str, int]:
+    """`"plain=4,brief=2"` as `{"plain": 4, "brief": 2}`."""
+    styles = {}
+    for part in text.split(","):
+        name, _, count = part.partition("=")
+        if name not in STYLES or not count.isdigit():
+            raise RecipeError(f"--samples takes style=count of {', '.join(STYLES)}, got {part!r}")
+        styles[name] = int(count)
+    return styles
+
+
+def keep_settings(folder: Path, settings: dict) -> None:
+    """Write the settings that the files in `folder` come from.
+
+    Raises:
+        RecipeError: the folder was begun with other settings, so its answers cannot be gone on with
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [k for k in settings if before.get(k) != settings[k]]
+        if changed:
+            told = ", ".join(f"{k} was {before.get(k)!r}, is {settings[k]!r}" for k in changed)
+            raise RecipeError(f"{folder.parent} was begun otherwise ({told}); take another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def make_judge(args: argparse.Namespace, cfg: Config) -> Judge:
+    """The judge that the options name."""
+    if args.judge == "rule":
+        return Rule()
+    if not args.judge_model or (args.judge == "endpoint" and not args.judge_url):
+        raise RecipeError(f"--judge {args.judge} needs --judge-model (and endpoint --judge-url)")
+    if args.judge == "reward":
+        return RewardModel(args.judge_model, cfg.dpo.device, args.least_gap)
+    return Endpoint(args.judge_url, args.judge_model, pairs=args.pairs_per_prompt)
+
+
+def options() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--prompts", type=Path, default=ROOT / "data" / "prompts.jsonl")
-    parser.add_argument("--samples", type=Path, default=ROOT / "outputs" / "samples.jsonl")
-    parser.add_argument("--target", type=Path, default=ROOT / "data", help="folder of the pairs")
-    args = parser.parse_args()
+    parser.prog = "python -m scripts.data build"
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
+    parser.add_argument("--out", type=Path, default=Path("outputs/pairs"), help="folder to fill")
+    parser.add_argument("--samples", default="plain=4,brief=2,accurate=2", help="answers by style")
+    parser.add_argument("--max-new-tokens", type=int, default=192, help="cap on an answer")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=["auto", "transformers", "vllm"], default="auto",
+                        help="auto: vLLM where it is installed and there is a GPU")  # fmt: skip
+    parser.add_argument("--judge", choices=["rule", "reward", "endpoint"], default="rule")
+    parser.add_argument("--judge-model", help="the reward model, or the endpoint's model")
+    parser.add_argument("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
+    parser.add_argument("--pairs-per-prompt", type=int, default=1, help="endpoint: at most so many")
+    parser.add_argument("--least-gap", type=float, default=0.0, help="reward: nearer is a tie")
+    return parser
+
+
+def pick_backend(name: str) -> str:
+    """`name`, or for `auto` vLLM where it can be used."""
+    from importlib.util import find_spec
+
+    if name != "auto":
+        if name == "vllm" and find_spec("vllm") is None:
+            raise RecipeError("--backend vllm: vLLM is not installed (pip install vllm)")
+        return name
+    return "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = options().parse_args(arguments)
     cfg = config_from_args(args)
-    if not args.prompts.is_file():
-        raise RecipeError(f"no prompts at {args.prompts}")
+    prompts, styles, work = (
+        read_prompts(args.prompts),
+        parse_styles(args.samples),
+        args.out / ".build",
+    )
+    judge = make_judge(args, cfg)  # first: a judge that is not there costs no sampling
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=cfg.model.dtype, device_map={"": cfg.dpo.device}
+    sampling = {"temperature": args.temperature, "top_p": args.top_p}
+    sampling |= {"max_new_tokens": args.max_new_tokens}
+    backend = pick_backend(args.backend)
+    settings = {"model": cfg.model.model_name_or_path, "source": where, "backend": backend}
+    settings |= {"samples": styles, "seed": args.seed, "batch_size": args.batch_size, **sampling}
+    settings |= {"judge": judge.name, "prompts": [p["id"] for p in prompts]}
+    keep_settings(work, settings)
+    samples = work / "samples.jsonl"
+    if len(read_jsonl(samples)) == len(prompts) * sum(styles.values()):
+        sample = None  # all there: no need for the model
+    else:
+        make = vllm_sampler if backend == "vllm" else transformers_sampler
+        sample = make(cfg, path, **sampling)
+    answers = sample_answers(
+        sample, prompts, samples, styles=styles, batch_size=args.batch_size, seed=args.seed
     )
-    prompts = {p["id"]: p for p in read_jsonl(args.prompts)}
-    answers = sample_answers(model, load_tokenizer(path), list(prompts.values()), args.samples)
-    answers.sort(key=lambda a: a["id"])
-    pairs = [
-        pair
-        for name, group in groupby(answers, key=lambda a: a["id"])
-        for pair in rank(prompts[name], list(group))
-    ]
-    for split in ("train", "test"):
-        rows = [pair for pair in pairs if prompts[pair["id"]]["split"] == split]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (args.target / f"{split}.jsonl").write_text(text)
-        kinds = {kind: sum(r["kind"] == kind for r in rows) for kind in ("concise", "content")}
-        print(f"{split}: {len(rows)} pairs {kinds}")
-
-
-if __name__ == "__main__":
-    command(main)
+    pairs = judge_answers(judge, prompts, answers, work / "judged.jsonl")
+    about = {k: settings[k] for k in ("model", "judge", "seed", "temperature", "top_p")}
+    splits = {p["id"]: p.get("split", "train") for p in prompts}
+    for split in sorted(set(splits.values()), reverse=True):
+        rows = [pair | about for pair in pairs if splits[pair["id"]] == split]
+        (args.out / f"{split}.jsonl").write_text("".join(map(line, rows)), encoding="utf-8")
+        print(f"{split}: {len(rows)} pairs from {list(splits.values()).count(split)} prompts")
+    print(f"check them: python -m scripts.data check --set dataset_name={args.out}")

@@ -36,7 +36,9 @@ class ConfigError(RecipeError):
 class RecipeArguments:
     """What the recipe needs beyond TRL's own arguments."""
 
-    dataset_format: str = "auto"  # auto, explicit (TRL's prompt/chosen/rejected) or orca
+    dataset_format: str = "auto"  # told by the columns; or the name of one of formats.FORMATS
+    dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
+    on_bad_rows: typing.Literal["error", "drop"] = "drop"  # dropped ones are written down
     train_samples: int | None = None  # use this many training pairs (None: all of them)
     eval_samples: int | None = None  # likewise for the held-out pairs
     test_split_size: float = 0.02  # share held out when the data has no test split of its own

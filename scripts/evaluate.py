@@ -57,18 +57,21 @@ def generate_replies(
     *,
     max_new_tokens: int,
     batch_size: int,
-    label: str = "replies",
+    label: str | None = "replies",
+    **sampling: float,
 ) -> list[Reply]:
-    """Reply to each prompt (a list of messages) with greedy decoding, in the prompts' order.
+    """Reply to each prompt (a list of messages), in the prompts' order.
 
-    Greedy, so that a difference is the model's and not the dice's. Prompts are batched by length
-    and padded on the left.
+    Greedy, so that a difference is the model's and not the dice's; unless `sampling` has a
+    `temperature` and `top_p`. Prompts are batched by length and padded on the left. `label` heads
+    the lines that tell how far it is (None: no lines).
     """
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     how = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
+        max_new_tokens=max_new_tokens, do_sample=bool(sampling), use_cache=True,
         eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
+        **({"top_k": 0} | sampling if sampling else {}),
     )  # fmt: skip
     texts = [
         tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
@@ -91,7 +94,8 @@ def generate_replies(
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
             replies[i] = Reply(text, ids, end is not None)
         seconds = time.monotonic() - start
-        print(f"{label}: {len(replies)}/{len(texts)} replies, {seconds:.0f} s", flush=True)
+        if label:
+            print(f"{label}: {len(replies)}/{len(texts)} replies, {seconds:.0f} s", flush=True)
     model.train(training)
     return [replies[i] for i in range(len(texts))]
 
@@ -309,8 +313,8 @@ def main() -> None:
     adapter = require_adapter(cfg)
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
-    pairs = load_preferences(cfg)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
+    pairs = load_preferences(cfg, tokenizer)
     trainer = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
     load_adapter(trainer.model, adapter)
     figures, frame = evaluate(trainer, cfg, pairs["test"])

@@ -139,7 +139,7 @@ def main() -> None:
     adapter = require_adapter(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
-    test = load_preferences(cfg)["test"]
+    test = load_preferences(cfg, tokenizer)["test"]
     rows = tokenised(test.select(range(min(8, len(test)))), tokenizer)
     target, _, report = merge_adapter(cfg, path, adapter, tokenizer, rows)
     print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")

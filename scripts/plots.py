@@ -8,6 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
+from scripts.checks import Report, by_kind, length_bias
+
 CHOSEN, REJECTED, NEUTRAL, ACCENT = "#1b7f5c", "#c0392b", "#6b7280", "#2b5fb3"
 STYLE = {
     "axes.spines.top": False,
@@ -93,6 +95,47 @@ def pair_lengths(lengths: pd.DataFrame) -> Figure:
             axis.hist(lengths[side], bins, alpha=0.65, color=colour, label=side)
         axis.set(xlabel="tokens of the answer", ylabel="pairs")
         axis.legend()
+        figure.tight_layout()
+    return figure
+
+
+def data_check(report: Report) -> Figure:
+    """What the check of a dataset found: sequence lengths, length bias, and rows by finding."""
+    found = by_kind(report)
+    lengths = np.concatenate(list(report.lengths.values()))
+    prompt, chosen, rejected = lengths.T
+    with plt.rc_context(STYLE):
+        figure, (whole, bias, kinds) = plt.subplots(
+            1, 3, figsize=(11, 3.4), gridspec_kw={"width_ratios": [1, 1.1, 1]}
+        )
+        if len(lengths):
+            bins = np.linspace(0, (prompt + np.maximum(chosen, rejected)).max() + 1, 40)
+            for side, tokens, colour in (
+                ("chosen", chosen, CHOSEN),
+                ("rejected", rejected, REJECTED),
+            ):
+                whole.hist(prompt + tokens, bins, alpha=0.55, color=colour, label=side)
+            top = max(chosen.max(), rejected.max()) * 1.05
+            shown = np.random.default_rng(0).permutation(len(lengths))[:3000]
+            bias.scatter(chosen[shown], rejected[shown], 7, ACCENT, alpha=0.35, lw=0)
+            bias.plot([0, top], [0, top], color=NEUTRAL, lw=0.8, ls="--")
+            bias.set(xlim=(0, top), ylim=(0, top))
+            share = length_bias(lengths)
+            title = f"{share['chosen_shorter']:.0%} shorter, {share['chosen_longer']:.0%} longer"
+            bias.set_title(f"answers (tokens): chosen {title}", loc="left")
+        if report.max_length:
+            whole.axvline(report.max_length, color="black", lw=1, ls=":", label="max_length")
+        whole.set_title("prompt and answer (tokens)", loc="left")
+        whole.set_ylabel("pairs")
+        whole.legend()
+        bias.set(xlabel="chosen", ylabel="rejected")
+        colours = [REJECTED if level == "bad" else NEUTRAL for level in found[""]]
+        bars = kinds.barh(found["kind"], found["rows"], color=colours, alpha=0.85)
+        kinds.bar_label(bars, padding=3, fontsize=8)
+        kinds.set(ylim=(max(len(found), 4) - 0.4, -0.6), xlabel="rows")
+        kinds.margins(x=0.15)
+        kinds.grid(axis="y", visible=False)
+        kinds.set_title("findings (red: bad rows)" if len(found) else "no findings", loc="left")
         figure.tight_layout()
     return figure
 

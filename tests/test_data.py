@@ -5,18 +5,11 @@ import re
 import pytest
 from conftest import BOT, EOT, explicit, write_jsonl
 
-from scripts.build_pairs import rank, read_jsonl
-from scripts.config import ROOT
-from scripts.data import (
-    DataError,
-    from_explicit,
-    from_orca,
-    length_table,
-    load_preferences,
-    templated,
-    token_lengths,
-)
+from scripts.build_pairs import read_jsonl
+from scripts.config import ROOT, ConfigError
+from scripts.data import length_table, load_preferences, templated, token_lengths
 from scripts.models import load_tokenizer
+from scripts.sources import DataError
 
 ORCA = {
     "system": "You are brief.",
@@ -75,22 +68,6 @@ def test_default_config_loads_the_shipped_pairs(tiny_cfg, shipped):
     assert pairs["test"][0]["facts"] == shipped["test"][0]["facts"]
 
 
-def test_orca_gives_the_same_text_as_its_explicit_twin(tiny_llama3):
-    tokenizer = load_tokenizer(str(tiny_llama3))
-    twin = explicit("Is water wet?", "Yes.", "A matter of debate.")
-    twin["prompt"].insert(0, {"role": "system", "content": "You are brief."})
-    assert from_orca(ORCA) == from_explicit(twin)
-    text = templated(from_orca(ORCA), tokenizer)
-    assert text["prompt"].count("<|begin_of_text|>") == 1
-    assert "system<|end_header_id|>\n\nYou are brief." in text["prompt"]
-    assert text["chosen"] == "Yes.<|eot_id|>"
-
-
-@pytest.mark.parametrize("system", ["", "  ", None])
-def test_an_empty_system_prompt_is_left_out(system):
-    assert [m["role"] for m in from_orca(ORCA | {"system": system})["prompt"]] == ["user"]
-
-
 def test_orca_is_told_by_its_columns_and_split_when_it_has_no_test_split(tiny_cfg, tmp_path):
     rows = [ORCA | {"question": f"Question {i}?"} for i in range(20)]
     write_jsonl(tmp_path / "orca" / "train.jsonl", rows)
@@ -115,10 +92,39 @@ def test_rows_that_teach_nothing_are_left_out_and_told(tiny_cfg, tmp_path, capsy
         explicit("C?", "Yes.", "No."),
     ]
     write_jsonl(tmp_path / "p" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "p" / "test.jsonl", rows[2:])
-    pairs = load_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")))
+    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("D?", "Yes.", "No.")])
+    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"))
+    pairs = load_preferences(cfg)
     assert [row["prompt"][0]["content"] for row in pairs["train"]] == ["C?"]
-    assert "Left out 2 pairs" in capsys.readouterr().out
+    assert "Left out 2 bad rows" in capsys.readouterr().out
+    dropped = read_jsonl(cfg.run_dir / "dropped_rows.jsonl")
+    assert [(row["where"], row["kind"]) for row in dropped] == [
+        ("train.jsonl:1", "equal"),
+        ("train.jsonl:2", "empty"),
+    ]
+    assert all(row["mend"] for row in dropped)
+
+
+def test_bad_rows_can_be_an_error(tiny_cfg, tmp_path):
+    write_jsonl(tmp_path / "p" / "train.jsonl", [explicit("A?", "Same.", "Same.")])
+    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("C?", "Yes.", "No.")])
+    folder = str(tmp_path / "p")
+    with pytest.raises(DataError, match=r"1 bad row.*train.jsonl:1, the two answers are the same"):
+        load_preferences(tiny_cfg(dataset_name=folder, on_bad_rows="error"))
+    with pytest.raises(DataError, match="none of the 1 rows of train is a usable pair"):
+        load_preferences(tiny_cfg(dataset_name=folder))
+    with pytest.raises(ConfigError, match="on_bad_rows"):
+        tiny_cfg(on_bad_rows="skip")
+
+
+def test_pairs_of_one_prompt_are_held_out_together(tiny_cfg, tmp_path):
+    rows = [explicit(f"Q{i // 3}?", f"Yes {i}.", "No.") for i in range(30)]
+    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
+    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"), test_split_size=0.3)
+    pairs = load_preferences(cfg)
+    prompts = {k: {r["prompt"][0]["content"] for r in v} for k, v in pairs.items()}
+    assert (len(pairs["train"]), len(pairs["test"])) == (21, 9)
+    assert not prompts["train"] & prompts["test"]
 
 
 def test_unknown_columns_are_named(tiny_cfg, tmp_path):
@@ -150,36 +156,3 @@ def test_lengths_count_the_template_and_the_end_of_turn(tiny_cfg, tiny_llama3):
     assert whole["input_ids"].count(BOT) == 1
     assert whole["input_ids"].count(EOT) == 1
     assert lengths["prompt"][0] == len(whole["input_ids"])
-
-
-def answer(text: str, tokens: int, style: str = "plain", finished: bool = True) -> dict:
-    return {"id": "x", "style": style, "text": text, "tokens": tokens, "finished": finished}
-
-
-PROMPT = {"id": "x", "topic": "t", "prompt": "Capital of France?", "facts": [["Paris"], ["Seine"]]}
-
-
-def test_rank_prefers_the_fullest_answer_within_the_limit():
-    answers = [
-        answer("Paris, on the Seine.", 8),
-        answer("It is Paris, which lies on the Seine.", 14),
-        answer("Paris is the capital of France, and it lies on the river Seine.", 81),
-        answer("Paris on the Seine and on and on", 192, finished=False),
-        answer("Paris is the capital of France.", 15),
-        answer("Lyon.", 3),
-    ]
-    concise, content = rank(PROMPT, answers)
-    assert (concise["kind"], content["kind"]) == ("concise", "content")
-    assert concise["chosen"][0]["content"] == "It is Paris, which lies on the Seine."
-    assert concise["rejected_tokens"] == 192
-    assert content["rejected"][0]["content"] == "Paris is the capital of France."
-    assert (content["chosen_recall"], content["rejected_recall"]) == (1.0, 0.5)
-
-
-def test_rank_gives_nothing_when_no_answer_knows_or_finishes():
-    assert rank(PROMPT, [answer("Lyon.", 3), answer("Berlin.", 3)]) == []
-    assert rank(PROMPT, [answer("Paris on the Seine and", 192, finished=False)]) == []
-    assert rank(PROMPT, [answer("Paris, on the Seine", 7)]) == []  # breaks off
-    assert rank(PROMPT, [answer("Paris, on the Seine.", 81)]) == []  # too long to learn from
-    loop = "Paris on the Seine " * 5 + "."
-    assert rank(PROMPT, [answer(loop, 30)]) == []

@@ -19,7 +19,7 @@ SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def hub_answers(model=(200, {}, b'{"id": "m", "gated": false}'), auth=(200, {}, b"{}")):
-    return lambda path: auth if path.endswith("/auth-check") else model
+    return lambda path, body: auth if path.endswith("/auth-check") else model
 
 
 GATED = (200, {}, b'{"id": "m", "gated": "manual"}')
@@ -62,7 +62,7 @@ def test_hub_states(endpoint, answer, token, state):
 
 
 def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint, monkeypatch):
-    def slow(path):
+    def slow(path, body):
         time.sleep(5)
         return 200, {}, b"{}"
 

@@ -37,15 +37,15 @@ def test_offline_without_a_key(tiny_cfg):
     assert list(cfg.run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
-def refuse(path):
+def refuse(path, body):
     return 401, {}, b'{"errors": [{"message": "invalid API key"}]}'
 
 
-def broken(path):
+def broken(path, body):
     return 500, {}, b"Internal Server Error"
 
 
-def silent(path):
+def silent(path, body):
     time.sleep(60)
     return 200, {}, b"{}"
 

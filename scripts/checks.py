@@ -1,0 +1,306 @@
+"""What can be wrong with a preference pair, how to tell, and how to mend it.
+
+`KINDS` names every finding. A *bad* row cannot be trained on, or would teach the wrong thing; it is
+an error or is dropped (`on_bad_rows`). The others are remarks: the row is used.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from scripts.formats import Messages
+
+
+class Kind(NamedTuple):
+    """A kind of finding: whether the row is bad, what it means, and the way to mend it."""
+
+    bad: bool
+    what: str
+    cure: str
+
+
+KINDS: dict[str, Kind] = {
+    "unreadable": Kind(True, "not a row at all", "mend the line, or export the file anew"),
+    "encoding": Kind(True, "wrongly decoded text", "export the source as UTF-8; do not patch it"),
+    "missing": Kind(True, "a field is missing or null", "fill it in; see dataset_columns"),
+    "type": Kind(True, "a value that is not text", "write it as text"),
+    "roles": Kind(True, "roles out of order", "system?, then user and assistant by turns"),
+    "turns": Kind(True, "an answer of several turns", "put earlier turns into the prompt"),
+    "empty": Kind(True, "an empty prompt or answer", "leave the row out, or fill it in"),
+    "equal": Kind(True, "chosen and rejected are the same", "leave it out: it teaches nothing"),
+    "special": Kind(True, "special tokens typed in the text", "strip them; the template adds them"),
+    "unended": Kind(True, "the answer has no end of turn", "use a chat template that ends turns"),
+    "no_room": Kind(True, "the prompt fills max_length", "raise max_length, or shorten the prompt"),
+    "cut_equal": Kind(True, "the same answers once cut", "raise max_length"),
+    "duplicate": Kind(True, "the same pair again", "keep one"),
+    "contradiction": Kind(True, "the same two answers, both ways", "decide, or leave both out"),
+    "leak": Kind(True, "a training prompt is held out too", "keep it on one side only"),
+    "truncated": Kind(False, "an answer is cut at max_length", "raise max_length if memory allows"),
+    "breaks_off": Kind(False, "chosen stops mid-sentence", "prefer answers that were finished"),
+    "markup": Kind(False, "marks of another chat template", "strip them, or name the right format"),
+}
+
+
+class Finding(NamedTuple):
+    """One finding: the split, where the row stands in its source, the kind, and what is wrong."""
+
+    split: str
+    where: str
+    kind: str
+    detail: str
+
+
+@dataclass
+class Report:
+    """All findings on a dataset, and the tokens of every pair that is left."""
+
+    findings: list[Finding] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)  # in the source, by split
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)  # (pairs, 3), by split
+    max_length: int | None = None
+    truncation: str = "keep_start"
+
+    def bad(self) -> list[Finding]:
+        """The findings that make a row unusable."""
+        return [f for f in self.findings if KINDS[f.kind].bad]
+
+
+# A rule that looks at nothing but length should not do much better than a coin.
+MOSTLY_LENGTH = 0.7
+# UTF-8 that was read as Latin-1 or Windows-1252: an accented letter, a curly quote, a BOM.
+MOJIBAKE = re.compile("Ã[\x80-\xbf]|â€[™œ˜”“¦\x9d\x93\x94]|Â[\xa0°»«]|ï»¿")
+UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffd\ufffe\uffff\ud800-\udfff]")
+INVISIBLE = re.compile("[\\s\u200b-\u200f\u2060\ufeff]+")
+MARKUP = re.compile(
+    r"\[/?INST\]|<</?SYS>>|<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|endoftext|"
+    r"assistant|user|system|end)\|>|<(?:start|end)_of_turn>|^###? ?(?:Instruction|Response):|"
+    r"\n\nHuman: ",
+    re.MULTILINE,
+)
+
+
+def normalised(text: str) -> str:
+    """`text` without what no reader would call a difference: case, width, spaces, end marks."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return INVISIBLE.sub(" ", text).strip(" .!?\"'")
+
+
+def _conversation(messages: Messages) -> str:
+    return "\n".join(f"{m['role']}: {normalised(m['content'])}" for m in messages)
+
+
+def roles_problem(pair: dict[str, Messages]) -> tuple[str, str] | None:
+    """What is wrong with the order of the roles, as (kind, detail), or None."""
+    prompt = [m["role"] for m in pair["prompt"]]
+    for role in prompt + [m["role"] for s in ("chosen", "rejected") for m in pair[s]]:
+        if role not in ("system", "user", "assistant"):
+            return "roles", f"unknown role {role!r}"
+    if not prompt:
+        return "empty", "the prompt is empty"
+    if "system" in prompt[1:]:
+        return "roles", "a system message that is not the first"
+    talk = prompt[1:] if prompt[0] == "system" else prompt
+    if not talk or talk[-1] != "user":
+        return "roles", "the prompt does not end with the user's message"
+    if talk != ["user", "assistant"] * (len(talk) // 2) + ["user"]:
+        return "roles", "user and assistant do not take turns in the prompt"
+    for side in ("chosen", "rejected"):
+        roles = [m["role"] for m in pair[side]]
+        if not roles:
+            return "empty", f"{side} is empty"
+        if len(roles) > 1 and roles[0] == "assistant":
+            return "turns", f"{side} has {len(roles)} messages; the loss would take in all of them"
+        if roles != ["assistant"]:
+            return "roles", f"{side} is the {roles[0]}'s message"
+    return None
+
+
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Matches any special token of the model, as typed."""
+    names = sorted(set(tokenizer.all_special_tokens) | special_names(tokenizer), key=len)
+    return re.compile("|".join(re.escape(name) for name in reversed(names)) or r"(?!)")
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The added tokens that are marked special, reserved ones too."""
+    return {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+
+
+def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iterator[tuple]:
+    """What is wrong with the text of one pair: (kind, detail), the bad ones first."""
+    problem = roles_problem(pair)
+    if problem:
+        yield problem
+        return
+    texts = [(s, m["content"]) for s in ("prompt", "chosen", "rejected") for m in pair[s]]
+    for side, text in texts:
+        if found := UNWANTED.search(text) or MOJIBAKE.search(text):
+            yield "encoding", f"{side} has {found.group()!a} at character {found.start()}"
+        if not INVISIBLE.sub("", text):
+            yield "empty", f"{side} is empty or white space"
+        found = special and special.search(text)
+        if found:
+            yield "special", f"{side} has {found.group()!r} typed in it"
+        elif found := MARKUP.search(text):
+            yield "markup", f"{side} has {found.group().strip()!r}"
+    chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
+    if INVISIBLE.sub("", chosen) and normalised(chosen) == normalised(rejected):
+        how = "word for word" if chosen == rejected else "but for case, spaces or end marks"
+        yield "equal", f"the two answers are the same, {how}"
+    end = chosen.rstrip()[-1:]
+    if (end.isascii() and end.isalpha()) or end in (",", ";"):
+        yield "breaks_off", f"chosen ends with {chosen.rstrip()[-20:]!r}"
+
+
+def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Pairs that say again, or say against, what an earlier one said: (index, kind, detail)."""
+    seen: dict[tuple, int] = {}
+    told: set[int] = set()
+    for index, pair in enumerate(pairs):
+        prompt, chosen, rejected = (
+            hash(_conversation(pair[side])) for side in ("prompt", "chosen", "rejected")
+        )
+        if (prompt, chosen, rejected) in seen:
+            first = seen[prompt, chosen, rejected]
+            yield index, "duplicate", f"the same pair as {wheres[first]}"
+            continue
+        seen[prompt, chosen, rejected] = index
+        if (prompt, rejected, chosen) in seen:
+            other = seen[prompt, rejected, chosen]
+            for one, two in ((other, index), (index, other)):
+                if one not in told:
+                    told.add(one)
+                    yield one, "contradiction", f"the other way round in {wheres[two]}"
+
+
+def prompt_key(pair: dict) -> str:
+    """What makes two prompts the same: the normalised conversation, the system message aside."""
+    return _conversation([m for m in pair["prompt"] if m["role"] != "system"])
+
+
+def leaks(train: list[dict], held_out: list[dict], wheres: list[str]) -> Iterator[tuple]:
+    """Training pairs whose prompt is held out as well: (index, kind, detail)."""
+    held = dict(zip(map(prompt_key, held_out), wheres, strict=True))
+    for index, pair in enumerate(train):
+        if prompt_key(pair) in held:
+            yield index, "leak", f"the prompt of {held[prompt_key(pair)]}, which is held out"
+
+
+def token_problems(
+    ids: dict[str, list[int]], ends: set[int], max_length: int | None, mode: str
+) -> Iterator[tuple]:
+    """What is wrong with the tokens of one pair, and what the cut at `max_length` takes."""
+    prompt, chosen, rejected = (ids[side] for side in ("prompt", "chosen", "rejected"))
+    for side in ("chosen", "rejected"):
+        if not ends.intersection(ids[side][-3:]):  # a template may end with a line break
+            yield "unended", f"{side} ends without {' or '.join(map(str, sorted(ends)))}"
+    longest = max(len(chosen), len(rejected))
+    if max_length is None or len(prompt) + longest <= max_length:
+        return
+    room = max_length - len(prompt) if mode == "keep_start" else max_length
+    if room <= 0:
+        yield "no_room", f"the prompt has {len(prompt)} tokens, max_length is {max_length}"
+    elif mode == "keep_start" and chosen[:room] == rejected[:room]:
+        yield "cut_equal", f"the answers are the same in the {room} tokens that are left"
+    else:
+        lost = {s: len(prompt) + len(ids[s]) - max_length for s in ("chosen", "rejected")}
+        told = ", ".join(f"{s} {n} of {len(ids[s])}" for s, n in lost.items() if n > 0)
+        what = "end" if mode == "keep_start" else "beginning, the prompt first"
+        yield "truncated", f"tokens lost at the {what}: {told}"
+
+
+def length_bias(lengths: np.ndarray) -> dict[str, float]:
+    """How much length alone tells: the shares in which chosen is longer and shorter, and the
+    accuracy of the better of the two rules "longer wins" and "shorter wins" (ties count half).
+
+    `lengths` is (pairs, 3): tokens of prompt, chosen and rejected.
+    """
+    difference = lengths[:, 1] - lengths[:, 2]
+    longer, shorter = float((difference > 0).mean()), float((difference < 0).mean())
+    rule = max(longer, shorter) + (1 - longer - shorter) / 2
+    return {"chosen_longer": longer, "chosen_shorter": shorter, "length_rule_accuracy": rule}
+
+
+def by_kind(report: Report) -> pd.DataFrame:
+    """The findings by kind: whether they are bad, in how many rows, which first, how to mend it."""
+    groups = defaultdict(dict)
+    for finding in report.findings:
+        groups[finding.kind].setdefault((finding.split, finding.where))
+    rows = [
+        {
+            "kind": kind,
+            "": "bad" if KINDS[kind].bad else "remark",
+            "what": KINDS[kind].what,
+            "rows": len(groups[kind]),
+            "first at": ", ".join(where for _, where in list(groups[kind])[:3]),
+            "mend": KINDS[kind].cure,
+        }
+        for kind in KINDS
+        if kind in groups
+    ]
+    return pd.DataFrame(rows, columns=["kind", "", "what", "rows", "first at", "mend"])
+
+
+def lost(report: Report, split: str) -> pd.DataFrame:
+    """What the cut at `max_length` takes of the chosen and the rejected answers of a split."""
+    prompt, *answers = report.lengths[split].T
+    rows = {}
+    for side, tokens in zip(("chosen", "rejected"), answers, strict=True):
+        over = np.clip(prompt + tokens - (report.max_length or np.inf), 0, None)
+        rows[side] = {
+            "rows cut": int((over > 0).sum()),
+            "share": f"{(over > 0).mean():.1%}",
+            "tokens lost": f"{over.sum() / (prompt + tokens).sum():.1%}",
+        }
+    return pd.DataFrame(rows).T
+
+
+def report_text(report: Report) -> str:
+    """The whole report as text: sizes, lengths, what truncation takes, length bias, findings."""
+    parts = []
+    for split, lengths in report.lengths.items():
+        parts.append(f"{split}: {report.rows[split]:,} rows, {len(lengths):,} usable pairs")
+        if len(lengths) == 0:
+            continue
+        table = pd.DataFrame(
+            np.percentile(lengths, [50, 95, 100], axis=0).T.round().astype(int),
+            index=pd.Index(["prompt", "chosen", "rejected"], name="tokens of"),
+            columns=["p50", "p95", "max"],
+        )
+        parts.append(table.to_string())
+        if report.max_length:
+            parts.append(f"cut at max_length {report.max_length} ({report.truncation}):")
+            parts.append(lost(report, split).to_string())
+        parts.append(bias_text(lengths) + "\n")
+    found = by_kind(report)
+    if found.empty:
+        return "\n".join([*parts, "Nothing found."])
+    parts.append(found.drop(columns="mend").to_string(index=False))
+    parts += ["\nHow to mend it:"] + [f"  {r.kind}: {r.mend}" for r in found.itertuples()]
+    return "\n".join(parts)
+
+
+def bias_text(lengths: np.ndarray) -> str:
+    """`length_bias` in words, with a warning from 70% on."""
+    bias = length_bias(lengths)
+    rule = "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter"
+    text = (
+        f"chosen is the longer in {bias['chosen_longer']:.0%}, the shorter in "
+        f"{bias['chosen_shorter']:.0%}; the rule 'the {rule} wins' is right in "
+        f"{bias['length_rule_accuracy']:.0%}"
+    )
+    if bias["length_rule_accuracy"] >= MOSTLY_LENGTH:
+        text += (
+            "\nWARNING: the preference is mostly length, and that is what a model will learn. "
+            "If it is not\nwhat you want, add pairs of like length, or use loss_type: sigmoid_norm."
+        )
+    return text

@@ -1,0 +1,202 @@
+"""Rows of the common preference formats, as TRL's explicit conversational pairs.
+
+| format | columns | a row |
+| --- | --- | --- |
+| `explicit` | `prompt`, `chosen`, `rejected` | text or messages; whole conversations in the answers too (UltraFeedback) |
+| `implicit` | `chosen`, `rejected` | both hold the whole conversation, or the prompt's text and the answer's |
+| `hh` | `chosen`, `rejected` | transcripts, `\\n\\nHuman: … \\n\\nAssistant: …` (Anthropic HH) |
+| `orca` | `question`, `chosen`, `rejected` | Intel/orca_dpo_pairs |
+| `alpaca` | `instruction`, `chosen` or `output`, `rejected` | with `input` and `history` where there are any |
+| `sharegpt` | `conversations`, `chosen`, `rejected` | messages as `from` and `value` |
+
+A `system` column is kept in every format. See https://huggingface.co/docs/trl/dataset_formats.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from trl import extract_prompt
+
+Messages = list[dict[str, str]]
+
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+class BadRow(Exception):
+    """A row that is no preference pair: `kind` is a key of `checks.KINDS`, and what is wrong."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind, self.detail = kind, detail
+
+
+def text_of(value: Any, what: str) -> str:
+    """`value` if it is text, also from a list of text parts; anything else is a `BadRow`."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        if any(part.get("type", "text") != "text" for part in value):
+            raise BadRow("type", f"{what} has a part that is not text")
+        value = "".join(text_of(part.get("text"), what) for part in value)
+    if value is None:
+        raise BadRow("missing", f"{what} is missing or null")
+    if not isinstance(value, str):
+        raise BadRow("type", f"{what} is not text but {type(value).__name__}")
+    return value
+
+
+def as_messages(value: Any, role: str, what: str) -> Messages:
+    """`value` as messages: text becomes one message of `role`, one message a list of it."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or (value and not all(isinstance(m, dict) for m in value)):
+        return [{"role": role, "content": text_of(value, what)}]
+    messages = []
+    for message in value:
+        speaker = message.get("role", message.get("from"))
+        if not isinstance(speaker, str):
+            raise BadRow("roles", f"{what} has a message without a role")
+        content = text_of(message.get("content", message.get("value")), f"{what}'s content")
+        messages.append({"role": ROLES.get(speaker, speaker), "content": content})
+    return messages
+
+
+def _pair(prompt: Messages, chosen: Messages, rejected: Messages) -> dict[str, Messages]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _answers(row: dict) -> tuple[Messages, Messages]:
+    chosen, rejected = (
+        as_messages(row.get(side), "assistant", side) for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def _split(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
+    """Two whole conversations, parted where they differ."""
+    if min(len(chosen), len(rejected)) < 2:
+        raise BadRow("roles", "the answers hold no prompt, and there is no prompt column")
+    pair = extract_prompt({"chosen": chosen, "rejected": rejected})
+    return _pair(pair["prompt"], pair["chosen"], pair["rejected"])
+
+
+def from_explicit(row: dict) -> dict[str, Messages]:
+    """TRL's explicit prompt. Answers that repeat the prompt's turns hold the conversation."""
+    chosen, rejected = _answers(row)
+    if all(len(a) > 1 and a[0]["role"] in ("system", "user") for a in (chosen, rejected)):
+        return _split(chosen, rejected)
+    return _pair(as_messages(row.get("prompt"), "user", "prompt"), chosen, rejected)
+
+
+def from_implicit(row: dict) -> dict[str, Messages]:
+    """TRL's implicit prompt: what `chosen` and `rejected` begin with alike.
+
+    Of plain text that is cut back to the last line break or end of a sentence: two answers may
+    begin with the same words, and those are no part of the prompt.
+    """
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return _split(*_answers(row))
+    if not chosen or not rejected:
+        raise BadRow("empty", f"{'rejected' if chosen else 'chosen'} is empty")
+    prompt = extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"]
+    ends = [m.end() for m in re.finditer(r"\n|[.?!:](?=\s|$)", prompt)]
+    size = ends[-1] if ends else len(prompt)
+    if not prompt[:size].strip():
+        raise BadRow("missing", "chosen and rejected begin with no common prompt")
+    return _pair(
+        [{"role": "user", "content": prompt[:size].strip()}],
+        [{"role": "assistant", "content": chosen[size:].lstrip()}],
+        [{"role": "assistant", "content": rejected[size:].lstrip()}],
+    )
+
+
+def _turns(transcript: Any, what: str) -> Messages:
+    before, *parts = TURN.split(text_of(transcript, what))
+    if before.strip() or not parts:
+        raise BadRow("roles", f"{what} is no transcript that begins with Human: or Assistant:")
+    role = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": role[who], "content": text.strip()}
+        for who, text in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def from_hh(row: dict) -> dict[str, Messages]:
+    """Anthropic HH: either column is the whole talk, as one string."""
+    return _split(_turns(row.get("chosen"), "chosen"), _turns(row.get("rejected"), "rejected"))
+
+
+def from_orca(row: dict) -> dict[str, Messages]:
+    """Intel/orca_dpo_pairs: `system` (often empty), `question`, `chosen`, `rejected`."""
+    return _pair(as_messages(row.get("question"), "user", "question"), *_answers(row))
+
+
+def from_sharegpt(row: dict) -> dict[str, Messages]:
+    """`conversations` as `{"from", "value"}`, and an answer of that shape in either column."""
+    return _pair(as_messages(row.get("conversations"), "user", "conversations"), *_answers(row))
+
+
+def from_alpaca(row: dict) -> dict[str, Messages]:
+    """Alpaca: `instruction`, perhaps `input` and earlier turns in `history`; `output` is chosen,
+    or a list of chosen and rejected."""
+    output = row.get("output")
+    if isinstance(output, list) and len(output) == 2 and row.get("rejected") is None:
+        row = row | {"chosen": output[0], "rejected": output[1]}
+    elif row.get("chosen") is None:
+        row = row | {"chosen": output}
+    earlier = [
+        {"role": role, "content": text_of(text, "history")}
+        for exchange in row.get("history") or []
+        for role, text in zip(("user", "assistant"), exchange, strict=False)
+    ]
+    question = text_of(row.get("instruction"), "instruction")
+    if row.get("input"):
+        question = f"{question}\n\n{text_of(row['input'], 'input')}"
+    return _pair([*earlier, {"role": "user", "content": question}], *_answers(row))
+
+
+# The columns that tell a format (`|`: either will do), and how one of its rows becomes messages.
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], dict[str, Messages]]]] = {
+    "explicit": (("prompt", "chosen", "rejected"), from_explicit),
+    "orca": (("question", "chosen", "rejected"), from_orca),
+    "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
+    "alpaca": (("instruction", "chosen|output", "rejected|output"), from_alpaca),
+    "hh": (("chosen", "rejected"), from_hh),
+    "implicit": (("chosen", "rejected"), from_implicit),
+}
+# What a format reads besides; these columns do not outlive the conversion.
+USED = {"system", "question", "conversations", "instruction", "input", "output", "history"}
+
+
+def fits(name: str, columns: set[str]) -> bool:
+    """Whether `columns` has all that the format `name` needs."""
+    return all(columns & set(needed.split("|")) for needed in FORMATS[name][0])
+
+
+def detect(columns: set[str], sample: list[dict]) -> str | None:
+    """The format that `columns` and the first rows speak for, or None."""
+    names = [name for name in FORMATS if fits(name, columns)]
+    if names and names[0] == "hh":
+        texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
+        spoken = [isinstance(t, str) and bool(TURN.match(t)) for t in texts]
+        return "hh" if 2 * sum(spoken) > len(spoken) else "implicit"
+    return names[0] if names else None
+
+
+def to_pair(row: dict, name: str) -> dict[str, Messages]:
+    """`prompt`, `chosen` and `rejected` of a row of the format `name`, as messages.
+
+    Raises:
+        BadRow: the row lacks something, or holds something other than text.
+    """
+    pair = FORMATS[name][1](row)
+    first = pair["prompt"][0] if pair["prompt"] else {}
+    if first.get("role") == "system" and not first["content"].strip():
+        pair["prompt"] = pair["prompt"][1:]  # the template would spend tokens on saying nothing
+    system = text_of(row.get("system") or "", "system")
+    if system.strip() and not any(message["role"] == "system" for message in pair["prompt"]):
+        pair["prompt"] = [{"role": "system", "content": system}, *pair["prompt"]]
+    return pair

@@ -1,0 +1,224 @@
+"""Judges: given one prompt and the answers sampled to it, say which of them make a pair.
+
+A judge is a callable `(prompt, answers) -> [Preference]` with a `name`; ties give no pair. `prompt`
+has `messages` and perhaps `facts`; an answer has `text`, `tokens`, `finished` and `style`.
+A judge's `workers` is how many prompts it can be asked about at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from itertools import pairwise
+from typing import NamedTuple
+
+import requests
+import torch
+from requests.adapters import HTTPAdapter
+from transformers import AutoModelForSequenceClassification
+from urllib3.util import Retry
+
+from scripts.config import RecipeError
+from scripts.models import load_tokenizer
+from scripts.textstats import fact_recall, repeated_ngram_share
+
+
+class JudgeError(RecipeError):
+    """The judge cannot be used; what is judged so far is kept, and the same command goes on."""
+
+
+class Preference(NamedTuple):
+    """One pair: its kind, the two answers, and what the judge said of them."""
+
+    kind: str
+    chosen: dict
+    rejected: dict
+    verdict: dict
+
+
+class Rule:
+    """The rule of the default data: short, finished, to the point, and nothing left out.
+
+    An answer is good if it is finished within 80 tokens, ends with a full stop or the like, is one
+    paragraph, repeats (next to) nothing, and mentions as many key facts as any of the answers does,
+    at least one where the prompt has any. Chosen is the longest good one: the limit sees to
+    brevity, and within it the shortest of eight is often the emptiest, whatever words it mentions.
+
+    - `concise`: rejected is the longest answer to the plain question, at least 1.5 times as long.
+    - `content`: rejected is a finished answer of much the same length (0.67 to 1.5 times) that
+      mentions fewer of the facts. It keeps "short" from being all there is to learn.
+    """
+
+    name, workers = "rule", 1
+
+    def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
+        answers = [
+            a
+            | {
+                "recall": fact_recall(a["text"], prompt.get("facts") or []),
+                "repeats": repeated_ngram_share(a["text"].lower().split()),
+            }
+            for a in answers
+        ]
+        best = max(a["recall"] for a in answers)
+        good = [
+            a
+            for a in answers
+            if a["finished"] and a["tokens"] <= 80 and a["recall"] == best > 0
+            if a["repeats"] < 0.05 and a["text"][-1:] in tuple(".!?") and "\n\n" not in a["text"]
+        ]
+        if not good:
+            return []
+        chosen = max(good, key=lambda a: a["tokens"])
+        size = chosen["tokens"]
+        wordy = [a for a in answers if a["style"] == "plain" and a["tokens"] >= 1.5 * size]
+        empty = [
+            a
+            for a in answers
+            if a["finished"] and a["recall"] < best and size / 1.5 <= a["tokens"] <= 1.5 * size
+        ]
+        pairs = []
+        if wordy:
+            rejected = max(wordy, key=lambda a: a["tokens"])
+            pairs.append(self._preference("concise", chosen, rejected))
+        if empty:
+            nearest = min(empty, key=lambda a: (a["recall"], abs(a["tokens"] - size)))
+            pairs.append(self._preference("content", chosen, nearest))
+        return pairs
+
+    @staticmethod
+    def _preference(kind: str, chosen: dict, rejected: dict) -> Preference:
+        recall = {"chosen_recall": chosen["recall"], "rejected_recall": rejected["recall"]}
+        return Preference(kind, chosen, rejected, recall)
+
+
+class RewardModel:
+    """A reward model from the hub or a folder: one score for a whole conversation.
+
+    Chosen is the finished answer of the highest score, rejected the one of the lowest. A pair whose
+    scores are nearer than `least_gap` is a tie.
+    https://huggingface.co/docs/transformers/model_doc/auto#transformers.AutoModelForSequenceClassification
+    """
+
+    def __init__(self, path: str, device: str | torch.device = "cpu", least_gap: float = 0.0):
+        self.name, self.workers = f"reward:{path}", 1
+        self.least_gap = least_gap
+        try:
+            self.tokenizer = load_tokenizer(path)
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32 if str(device) == "cpu" else torch.bfloat16
+            ).to(device)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise JudgeError(f"cannot load the reward model {path}: {reason}") from error
+        if self.model.config.num_labels != 1:
+            raise JudgeError(
+                f"{path} gives {self.model.config.num_labels} numbers, a reward model gives one"
+            )
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # it scores the last token
+        self.model.eval()
+
+    @torch.no_grad()
+    def scores(self, prompt: dict, texts: list[str]) -> list[float]:
+        """The rewards of `texts` as answers to `prompt`."""
+        talks = [
+            self.tokenizer.apply_chat_template(
+                [*prompt["messages"], {"role": "assistant", "content": text}], tokenize=False
+            )
+            for text in texts
+        ]
+        inputs = self.tokenizer(talks, return_tensors="pt", padding=True, add_special_tokens=False)
+        return self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
+
+    def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
+        scores = self.scores(prompt, [a["text"] for a in answers])
+        scored = sorted(zip(scores, range(len(answers)), strict=True))
+        finished = [(score, i) for score, i in scored if answers[i]["finished"]]
+        if not finished or finished[-1][0] - scored[0][0] <= self.least_gap:
+            return []
+        (high, best), (low, worst) = finished[-1], scored[0]
+        verdict = {"chosen_score": high, "rejected_score": low}
+        return [Preference("reward", answers[best], answers[worst], verdict)]
+
+
+QUESTION = """Which answer to the conversation is better: more accurate, more concise and more to \
+the point? Length in itself is no merit.
+
+{conversation}
+
+### Answer A
+{a}
+
+### Answer B
+{b}
+
+Reply with JSON only: {{"winner": "A"}}, {{"winner": "B"}} or {{"winner": "tie"}}."""
+
+
+class Endpoint:
+    """An OpenAI-compatible chat endpoint, asked about two answers at a time, in both orders.
+
+    A judge leans towards whichever answer it reads first; only a verdict that survives the exchange
+    counts, everything else is a tie. Of the finished answers, `pairs` disjoint pairs are drawn,
+    always the same for a prompt. A busy or failing server (429, 5xx, no answer in time) is asked
+    again, later each time or when it says so; a reply that names no winner, up to three times.
+    """
+
+    def __init__(self, url: str, model: str, *, pairs: int = 1, timeout: float = 60.0,
+                 retries: int = 6, backoff: float = 1.0, workers: int = 8) -> None:  # fmt: skip
+        self.name, self.workers = f"endpoint:{model}", workers
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.pairs, self.timeout = model, pairs, timeout
+        retry = Retry(
+            retries, backoff_factor=backoff, status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None, respect_retry_after_header=True, raise_on_status=False,
+        )  # fmt: skip
+        self.session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, HTTPAdapter(max_retries=retry))
+        if key := os.environ.get("OPENAI_API_KEY"):
+            self.session.headers["Authorization"] = f"Bearer {key}"
+
+    def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
+        distinct = list({a["text"]: a for a in answers if a["finished"] and a["text"]}.values())
+        random.Random(f"{prompt['id']}").shuffle(distinct)
+        preferences = []
+        for one, two in list(pairwise(distinct))[::2][: self.pairs]:
+            forth = self.winner(prompt, one["text"], two["text"])
+            back = self.winner(prompt, two["text"], one["text"])
+            if (forth, back) in (("A", "B"), ("B", "A")):
+                chosen, rejected = (one, two) if forth == "A" else (two, one)
+                verdict = {"judged": f"{forth}{back}"}
+                preferences.append(Preference("judged", chosen, rejected, verdict))
+        return preferences
+
+    def winner(self, prompt: dict, a: str, b: str) -> str:
+        """ "A", "B" or "tie"; "unclear" if three replies in a row named none of them."""
+        conversation = "\n\n".join(f"[{m['role']}] {m['content']}" for m in prompt["messages"])
+        asked = QUESTION.format(conversation=conversation, a=a, b=b)
+        body = {"model": self.model, "temperature": 0, "max_tokens": 512}
+        body["messages"] = [{"role": "user", "content": asked}]
+        for _ in range(3):
+            found = re.findall(r'"winner"\s*:\s*"(A|B|tie)"', self._reply(body))
+            if found:
+                return found[-1]
+        return "unclear"
+
+    def _reply(self, body: dict) -> str:
+        try:
+            response = self.session.post(self.url, json=body, timeout=self.timeout)
+        except requests.exceptions.ChunkedEncodingError:
+            return ""  # the connection broke in the middle of the answer
+        except requests.RequestException as error:
+            raise JudgeError(f"the judge at {self.url} does not answer: {error}") from None
+        if response.status_code != 200:
+            cure = " (set OPENAI_API_KEY)" if response.status_code in (401, 403) else ""
+            raise JudgeError(
+                f"the judge at {self.url} said {response.status_code}{cure}: {response.text[:200]}"
+            )
+        try:
+            return str(response.json()["choices"][0]["message"]["content"])
+        except (json.JSONDecodeError, LookupError, TypeError):
+            return ""  # as good as no verdict: ask again

@@ -1,0 +1,223 @@
+"""Every format gives the same tokens as its twin in TRL's explicit form, from every file type."""
+
+import csv
+import json
+
+import pandas as pd
+import pytest
+from conftest import BOT, EOT, write_jsonl
+
+from scripts.data import check_preferences, load_preferences, templated
+from scripts.models import load_tokenizer
+from scripts.sources import DataError
+
+
+def turns(*texts: str, system: str = "") -> list[dict]:
+    roles = ["user", "assistant"] * len(texts)
+    talk = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+    return [{"role": "system", "content": system}, *talk] if system else talk
+
+
+def answer(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def human(*texts: str) -> str:
+    return "".join(
+        f"\n\n{who}: {t}" for who, t in zip(["Human", "Assistant"] * 9, texts, strict=False)
+    )
+
+
+YES, NO = "Yes, water is wet.", "That is a matter of debate."
+Q = "Is water wet?"
+PLAIN = {"prompt": turns(Q), "chosen": answer(YES), "rejected": answer(NO)}
+WITH_SYSTEM = PLAIN | {"prompt": turns(Q, system="Be brief.")}
+TALK = PLAIN | {"prompt": turns("Hello.", "Hello! What is it?", Q)}
+TALK_WITH_SYSTEM = PLAIN | {"prompt": turns("Hello.", "Hello! What is it?", Q, system="Be brief.")}
+
+# A name, a row in that format, and its twin in TRL's explicit conversational form.
+TWINS = {
+    "explicit, standard": ({"prompt": Q, "chosen": YES, "rejected": NO}, PLAIN),
+    "explicit, standard, with a system column": (
+        {"system": "Be brief.", "prompt": Q, "chosen": YES, "rejected": NO},
+        WITH_SYSTEM,
+    ),
+    "explicit, conversational": (TALK_WITH_SYSTEM, TALK_WITH_SYSTEM),
+    "implicit, standard": ({"chosen": f"{Q} {YES}", "rejected": f"{Q} {NO}"}, PLAIN),
+    "implicit, answers that begin alike": (
+        {"chosen": f"{Q} That is so.", "rejected": f"{Q} That is not so."},
+        PLAIN | {"chosen": answer("That is so."), "rejected": answer("That is not so.")},
+    ),
+    "implicit, conversational": (
+        {
+            "chosen": TALK_WITH_SYSTEM["prompt"] + answer(YES),
+            "rejected": TALK_WITH_SYSTEM["prompt"] + answer(NO),
+        },
+        TALK_WITH_SYSTEM,
+    ),
+    "orca": ({"system": "Be brief.", "question": Q, "chosen": YES, "rejected": NO}, WITH_SYSTEM),
+    "orca, empty system": ({"system": "", "question": Q, "chosen": YES, "rejected": NO}, PLAIN),
+    "orca, null system": ({"system": None, "question": Q, "chosen": YES, "rejected": NO}, PLAIN),
+    "ultrafeedback": (
+        {
+            "prompt": "Hello.",
+            "prompt_id": "x",
+            "chosen": TALK["prompt"] + answer(YES),
+            "rejected": TALK["prompt"] + answer(NO),
+            "score_chosen": 9.0,
+        },
+        TALK,
+    ),
+    "hh": ({"chosen": human(Q, YES), "rejected": human(Q, NO)}, PLAIN),
+    "hh, several turns": (
+        {
+            "chosen": human("Hello.", "Hello! What is it?", Q, YES),
+            "rejected": human("Hello.", "Hello! What is it?", Q, NO),
+        },
+        TALK,
+    ),
+    "alpaca": ({"instruction": Q, "input": "", "output": YES, "rejected": NO}, PLAIN),
+    "alpaca, chosen": ({"instruction": Q, "chosen": YES, "rejected": NO}, PLAIN),
+    "alpaca, input": (
+        {"instruction": "Answer.", "input": Q, "output": YES, "rejected": NO},
+        PLAIN | {"prompt": turns(f"Answer.\n\n{Q}")},
+    ),
+    "alpaca, two outputs": ({"instruction": Q, "output": [YES, NO]}, PLAIN),
+    "alpaca, history and system": (
+        {
+            "instruction": Q,
+            "history": [["Hello.", "Hello! What is it?"]],
+            "system": "Be brief.",
+            "chosen": YES,
+            "rejected": NO,
+        },
+        TALK_WITH_SYSTEM,
+    ),
+    "sharegpt": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Hello."},
+                {"from": "gpt", "value": "Hello! What is it?"},
+                {"from": "human", "value": Q},
+            ],
+            "chosen": {"from": "gpt", "value": YES},
+            "rejected": {"from": "gpt", "value": NO},
+        },
+        TALK,
+    ),
+    "content in parts": (
+        PLAIN | {"prompt": [{"role": "user", "content": [{"type": "text", "text": Q}]}]},
+        PLAIN,
+    ),
+}
+
+
+@pytest.fixture
+def read(tiny_cfg, tmp_path, tiny_llama3):
+    """The first training pair of a file as token ids, by way of everything that loading does."""
+    tokenizer = load_tokenizer(str(tiny_llama3))
+
+    def first(path, **overrides):
+        cfg = tiny_cfg(dataset_name=str(path), test_split_size=0.5, max_length=4096, **overrides)
+        pairs, report = check_preferences(cfg, tokenizer)
+        assert report.bad() == []
+        texts = [templated(pair, tokenizer) for split in pairs.values() for pair in split]
+        return [
+            {side: tokenizer(t, add_special_tokens=False)["input_ids"] for side, t in text.items()}
+            for text in texts
+        ]
+
+    return first
+
+
+def other(row):
+    """`row` with another question, so that one can be trained on and one held out."""
+    return json.loads(json.dumps(row).replace(Q, "Is fire hot?"))
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_format_gives_the_tokens_of_its_explicit_twin(name, read, tmp_path):
+    row, twin = TWINS[name]
+    got = read(write_jsonl(tmp_path / "row.jsonl", [row, other(row)]))
+    want = read(write_jsonl(tmp_path / "twin.jsonl", [twin, other(twin)]))
+    assert got == want
+    assert got[0]["prompt"].count(BOT) == 1
+    assert got[0]["chosen"][-1] == EOT
+
+
+def test_every_file_type_gives_the_same_tokens(read, tmp_path):
+    row = {"system": "Be brief.", "question": Q, "chosen": YES, "rejected": NO}
+    rows = [row, other(row)]
+    want = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.json").write_text(json.dumps({"data": rows}))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))
+    frame = pd.DataFrame(rows)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "folder" / "train.jsonl", rows)
+    (tmp_path / "parquet").mkdir()
+    frame.to_parquet(tmp_path / "parquet" / "train.parquet")
+    for name in (
+        "a.json",
+        "b.json",
+        "lines.json",
+        "a.csv",
+        "a.tsv",
+        "a.parquet",
+        "folder",
+        "parquet",
+    ):
+        assert read(tmp_path / name) == want, name
+
+
+def test_messages_survive_in_a_csv_and_words_like_none_stay_words(read, tmp_path):
+    rows = [TALK_WITH_SYSTEM, other(TALK_WITH_SYSTEM)]
+    want = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: json.dumps(v) for k, v in row.items()} for row in rows)
+    assert read(tmp_path / "a.csv") == want
+    (tmp_path / "b.csv").write_text(
+        'prompt,chosen,rejected\nHow many?,None,4\nWhich?,NA,"{""a"": 1}"\n'
+    )
+    plain = [
+        {"prompt": "How many?", "chosen": "None", "rejected": "4"},
+        {"prompt": "Which?", "chosen": "NA", "rejected": '{"a": 1}'},
+    ]
+    assert read(tmp_path / "b.csv") == read(write_jsonl(tmp_path / "b.jsonl", plain))
+
+
+def test_columns_are_renamed_by_the_config(read, tmp_path, tiny_cfg):
+    row = {"query": Q, "good": YES, "bad": NO}
+    path = write_jsonl(tmp_path / "a.jsonl", [row, other(row)])
+    names = {"query": "prompt", "good": "chosen", "bad": "rejected"}
+    want = read(write_jsonl(tmp_path / "b.jsonl", [PLAIN, other(PLAIN)]))
+    assert read(path, dataset_columns=names) == want
+    with pytest.raises(DataError, match=r"renames 'goood'.*did you mean 'good'"):
+        load_preferences(
+            tiny_cfg(dataset_name=str(path), dataset_columns=names | {"goood": "chosen"})
+        )
+
+
+def test_a_named_format_wins_over_the_columns(read, tmp_path):
+    row = {"prompt": "No part of it.", "question": Q, "chosen": YES, "rejected": NO}
+    path = write_jsonl(tmp_path / "a.jsonl", [row, other(row)])
+    want = read(write_jsonl(tmp_path / "b.jsonl", [PLAIN, other(PLAIN)]))
+    assert read(path, dataset_format="orca") == want
+
+
+def test_further_columns_are_kept_where_they_have_one_type(tiny_cfg, tmp_path, capsys):
+    rows = [
+        json.loads(json.dumps(PLAIN).replace(Q, f"Q{i}?")) | {"facts": [[str(i)]], "mixed": mixed}
+        for i, mixed in enumerate([1, "two", 3, "four", 5, "six"])
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    pairs = load_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.3))
+    for split in pairs.values():
+        for row in split:
+            assert row["prompt"][0]["content"] == f"Q{row['facts'][0][0]}?"
+    assert "mixed" not in pairs["train"].column_names
+    assert "Column 'mixed' holds values of several types" in capsys.readouterr().out
