@@ -238,7 +238,7 @@ def by_kind(report: Report) -> pd.DataFrame:
     rows = [
         {
             "kind": kind,
-            "": "bad" if KINDS[kind].bad else "remark",
+            "level": "bad" if KINDS[kind].bad else "remark",
             "what": KINDS[kind].what,
             "rows": len(groups[kind]),
             "first at": ", ".join(where for _, where in list(groups[kind])[:3]),
@@ -247,7 +247,7 @@ def by_kind(report: Report) -> pd.DataFrame:
         for kind in KINDS
         if kind in groups
     ]
-    return pd.DataFrame(rows, columns=["kind", "", "what", "rows", "first at", "mend"])
+    return pd.DataFrame(rows, columns=["kind", "level", "what", "rows", "first at", "mend"])
 
 
 def lost(report: Report, split: str) -> pd.DataFrame:
@@ -290,7 +290,7 @@ def report_text(report: Report) -> str:
 
 
 def bias_text(lengths: np.ndarray) -> str:
-    """`length_bias` in words, with a warning from 70% on."""
+    """`length_bias` in words, with a warning from 70% on (of too few pairs to tell, none)."""
     bias = length_bias(lengths)
     rule = "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter"
     text = (
@@ -298,7 +298,7 @@ def bias_text(lengths: np.ndarray) -> str:
         f"{bias['chosen_shorter']:.0%}; the rule 'the {rule} wins' is right in "
         f"{bias['length_rule_accuracy']:.0%}"
     )
-    if bias["length_rule_accuracy"] >= MOSTLY_LENGTH:
+    if bias["length_rule_accuracy"] >= MOSTLY_LENGTH and len(lengths) >= 30:
         text += (
             "\nWARNING: the preference is mostly length, and that is what a model will learn. "
             "If it is not\nwhat you want, add pairs of like length, or use loss_type: sigmoid_norm."

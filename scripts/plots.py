@@ -121,15 +121,16 @@ def data_check(report: Report) -> Figure:
             bias.plot([0, top], [0, top], color=NEUTRAL, lw=0.8, ls="--")
             bias.set(xlim=(0, top), ylim=(0, top))
             share = length_bias(lengths)
-            title = f"{share['chosen_shorter']:.0%} shorter, {share['chosen_longer']:.0%} longer"
-            bias.set_title(f"answers (tokens): chosen {title}", loc="left")
+            shares = share["chosen_shorter"], share["chosen_longer"]
+            title = "chosen is shorter in {:.0%}, longer in {:.0%}".format(*shares)
+            bias.set_title(title, loc="left")
         if report.max_length:
             whole.axvline(report.max_length, color="black", lw=1, ls=":", label="max_length")
         whole.set_title("prompt and answer (tokens)", loc="left")
         whole.set_ylabel("pairs")
         whole.legend()
-        bias.set(xlabel="chosen", ylabel="rejected")
-        colours = [REJECTED if level == "bad" else NEUTRAL for level in found[""]]
+        bias.set(xlabel="tokens of chosen", ylabel="tokens of rejected")
+        colours = [REJECTED if level == "bad" else NEUTRAL for level in found["level"]]
         bars = kinds.barh(found["kind"], found["rows"], color=colours, alpha=0.85)
         kinds.bar_label(bars, padding=3, fontsize=8)
         kinds.set(ylim=(max(len(found), 4) - 0.4, -0.6), xlabel="rows")

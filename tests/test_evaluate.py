@@ -94,16 +94,18 @@ def test_base_loss_is_that_of_the_model_itself(tiny_run):
 
 def test_training_shows_in_the_figures_and_in_the_files(tiny_run, tmp_path):
     rows = [explicit(*pair) | {"facts": [["honey", "seven", "paris"]]} for pair in PAIRS]
-    rows.append(rows[0])  # a prompt that stands in two pairs is answered once
-    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
+    again = explicit(PAIRS[0][0], PAIRS[0][1], "It is a long story.") | {"facts": rows[0]["facts"]}
+    rows.append(again)  # a prompt that stands in two pairs is answered once
     write_jsonl(tmp_path / "p" / "test.jsonl", rows)
+    asked = [explicit("Well? " + prompt, *answers) for prompt, *answers in PAIRS]
+    write_jsonl(tmp_path / "p" / "train.jsonl", asked)
     overrides = {"dataset_name": str(tmp_path / "p"), "max_steps": 10}
     trainer, cfg = tiny_run(**overrides)
     trainer.train()
     figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
     assert trainer.data_collator.max_length == cfg.dpo.max_length
     assert (figures["prompts"], figures["pairs"]) == (6, 7)
-    assert figures["reward_accuracy"]["mean"] == 1.0  # seen in training: surely told apart
+    assert figures["reward_accuracy"]["mean"] == 1.0  # as good as seen in training
     assert figures["reward_margin"]["low"] > 0
     assert 0 <= figures["measures"]["facts"]["base"]["mean"] <= 1
     save_evaluation(figures, frame, cfg.run_dir)

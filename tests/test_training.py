@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import get_peft_config
 
-from scripts.data import from_orca
 from scripts.evaluate import implicit_rewards, pair_logps
 from scripts.export import completion_logps
+from scripts.formats import from_orca
 from scripts.models import load_model, load_tokenizer, parameter_counts
 from scripts.training import build_trainer, describe_machine, history, start_run
 
