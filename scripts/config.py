@@ -42,6 +42,8 @@ class RecipeArguments:
     train_samples: int | None = None  # use this many training pairs (None: all of them)
     eval_samples: int | None = None  # likewise for the held-out pairs
     test_split_size: float = 0.02  # share held out when the data has no test split of its own
+    prefix_sharing: bool = True  # run each prompt once (scripts/prefix_sharing.py), not TRL's way
+    prefix_attention: typing.Literal["segments", "mask", "flex"] = "segments"
     max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
     generation_batch_size: int = 16
     eval_prompts: int | None = None  # try this many held-out prompts (None: all of them)

@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl import DPOTrainer, get_peft_config
 
 from scripts.config import ROOT, Config, argument_parser, command, config_from_args
+from scripts.prefix_sharing import PrefixSharedDPOTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -34,13 +36,15 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     pairs: DatasetDict,
 ) -> DPOTrainer:
-    """TRL's trainer over `model` with a fresh LoRA adapter.
+    """TRL's trainer over `model` with a fresh LoRA adapter; with `prefix_sharing`, our subclass.
 
     The plain model and the adapter's config go in apart, so TRL makes no second copy of anything:
     its reference log-probabilities come from this same model with the adapter switched off.
     See https://huggingface.co/docs/trl/dpo_trainer.
     """
-    trainer = DPOTrainer(
+    shared = {"prefix_attention": cfg.recipe.prefix_attention}
+    make = partial(PrefixSharedDPOTrainer, **shared) if cfg.recipe.prefix_sharing else DPOTrainer
+    trainer = make(
         model=model,
         args=cfg.dpo,
         processing_class=tokenizer,
