@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
+from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -187,8 +188,9 @@ def dense_mask(row: Row) -> torch.Tensor:
 class AnswerLogps(torch.autograd.Function):
     """Log-probabilities of `targets` under a frozen head, a few tokens' logits at a time.
 
-    d log p(t) / d h = W[t] - sum_v p(v) W[v] does not depend on what comes after, so it is taken
-    while the logits are at hand: two products with the head where recomputing them needs three.
+    d log p(t) / d h = (1 - p(t)) W[t] - sum over v != t of p(v) W[v] does not depend on what comes
+    after, so it is taken while the logits are at hand: two products with the head where recomputing
+    them needs three. The target is kept out of the sum, whose other terms are far smaller.
     """
 
     @staticmethod
@@ -209,11 +211,13 @@ class AnswerLogps(torch.autograd.Function):
                 for at in range(0, len(tile), few):  # so few that they stay in the cache
                     part = slice(start + at, start + at + len(tile[at : at + few]))
                     found = (*(result[part] for result in results), top1[part])
-                    change = _score(tile[at : at + few], targets[part, None], found, metrics)
+                    others = _score(tile[at : at + few], targets[part, None], found, metrics)
                     if slope is not None:
-                        tile[at : at + few] = change()
+                        tile[at : at + few] = others()
                 if slope is not None:
-                    slope[start : start + size] = tile @ weight
+                    part = slice(start, start + size)
+                    own = -torch.expm1(results[0][part, None]) * weight[targets[part]]
+                    slope[part] = own - tile @ weight
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(*results[1:], top1)
         return (*results, top1) if metrics else (results[0], *[None] * 4)
@@ -225,7 +229,8 @@ class AnswerLogps(torch.autograd.Function):
 
 
 def _score(logits, target, found, metrics: bool):
-    """Write what is found of some tokens' `logits`, (n, V); return how to get onehot - softmax."""
+    """Write what is found of some tokens' `logits`, (n, V); return how to get the probabilities of
+    all tokens but the target, whose is set to 0."""
     logps, entropy, squares, mean, top1 = found
     logits = logits.float()
     best = logits.argmax(dim=-1, keepdim=True)
@@ -241,10 +246,7 @@ def _score(logits, target, found, metrics: bool):
         entropy.copy_(total[:, 0].log() - expected)
         squares.copy_((torch.linalg.vecdot(weights, weights) / total[:, 0] ** 2).log())
 
-    def change() -> torch.Tensor:
-        return weights.mul_(-1 / total).scatter_add_(-1, target, torch.ones_like(total))
-
-    return change
+    return lambda: weights.div_(total).scatter_(-1, target, 0)
 
 
 # Set while the reference is scored: its entropy and the like are logged nowhere.
@@ -330,6 +332,37 @@ def _attention_arguments(row: Row, attention: str) -> dict:
     return {"attention_mask": block}
 
 
+def fuse_adapter(model: torch.nn.Module) -> int:
+    """Let plain LoRA layers add their update in the product itself; how many there are.
+
+    PEFT copies the layer's output, then scales the update, then adds it: three passes over
+    (T, out) numbers that `addmm` does in none. Anything but one plain, unmerged adapter in the
+    layer's own dtype goes PEFT's way.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and hasattr(m, "lora_A")]
+    for layer in layers:
+        if isinstance(layer.get_base_layer(), torch.nn.Linear):
+            layer.forward = MethodType(_lora_forward(layer.forward), layer)
+    return len(layers)
+
+
+def _lora_forward(before):
+    def forward(self, x, *args, **kwargs):
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        if args or kwargs or self.disable_adapters or self.merged or name not in self.lora_A:
+            return before(x, *args, **kwargs)
+        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        idle = isinstance(dropout, torch.nn.Identity) or dropout.p == 0
+        same = torch.is_autocast_enabled(x.device.type) or x.dtype == up.weight.dtype
+        if name in self.lora_variant or not (idle and same) or up.bias is not None:
+            return before(x)
+        result, small = self.base_layer(x), F.linear(x, down.weight).flatten(0, -2)
+        update = torch.addmm(result.flatten(0, -2), small, up.weight.t(), alpha=self.scaling[name])
+        return update.view(result.shape)
+
+    return forward
+
+
 class PrefixSharedDPOTrainer(DPOTrainer):
     """TRL's `DPOTrainer`, each prompt run once and nothing padded.
 
@@ -362,6 +395,7 @@ class PrefixSharedDPOTrainer(DPOTrainer):
             if peft and any(c.is_prompt_learning for c in peft.values()):
                 raise PrefixSharingError("prefix_sharing: prompt tuning is not supported; use LoRA")
             share_prefixes(one.get_base_model() if peft else one, self.prefix_attention)
+            fuse_adapter(one)
 
     def compute_ref_log_probs(self, model, inputs):
         """TRL's, log-probabilities only."""

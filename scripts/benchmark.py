@@ -1,0 +1,283 @@
+"""Time and memory of a DPO step: prefix sharing against TRL's stock trainer.
+
+    python -m scripts.benchmark --config configs/smollm2-135m-cpu.yaml
+
+Each measurement is a process of its own, the two trainers by turns, in the same run; of several
+repeats the median counts. It takes about half an hour on two cores, prints a table, and writes
+`benchmark.json` and `benchmark.png`. On a GPU the same command measures an 8B config.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import PretrainedConfig, TrainerCallback
+
+from scripts.config import (
+    ROOT,
+    Config,
+    RecipeError,
+    argument_parser,
+    command,
+    load_config,
+    parse_overrides,
+)
+
+# Tokens of prompt / chosen / rejected, and pairs at a time.
+CASES = ["60/80/160x8", "256/100/200x4", "512/128/256x2", "1024/256/256x1", "data"]
+GROWTH = {
+    "prompt": ["64/100/100x2", "256/100/100x2", "512/100/100x2", "1024/100/100x2"],
+    "pairs": ["128/100/100x1", "128/100/100x2", "128/100/100x4", "128/100/100x8"],
+}
+TRAINERS = {"trl": False, "shared": True}
+STEPS = 2  # measured in each process, after one that warms up
+
+
+def parse_case(case: str) -> tuple[int, int, int, int]:
+    """`"512/128/256x2"` as tokens of prompt, chosen and rejected, and pairs at a time."""
+    try:
+        sizes, pairs = case.split("x")
+        prompt, chosen, rejected = map(int, sizes.split("/"))
+        return prompt, chosen, rejected, int(pairs)
+    except ValueError:
+        raise RecipeError(f"a case is prompt/chosen/rejectedxpairs or data, got {case!r}") from None
+
+
+def step_flops(config: PretrainedConfig, lengths: np.ndarray, lora: int) -> float:
+    """Floating-point operations that a DPO step on these pairs cannot do without.
+
+    `lengths` is (pairs, 3), tokens of prompt, chosen and rejected; `lora` the adapter's parameters.
+    A product of (m, k) with (k, n) is 2 m k n. Each token of prompt, chosen and rejected counts
+    once, in three passes: policy forward, gradients of the activations, reference forward; the
+    adapter in forward and two backward products; attention over visible pairs of tokens only, its
+    backward twice its forward; the head on answer tokens, in the same three passes.
+    """
+    width, layers = config.hidden_size, config.num_hidden_layers
+    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    inner = config.num_attention_heads * head_size
+    keys = config.num_key_value_heads * head_size
+    body = layers * (2 * width * inner + 2 * width * keys + 3 * width * config.intermediate_size)
+    prompt, chosen, rejected = lengths.astype(float).T
+    tokens, answers = (prompt + chosen + rejected).sum(), (chosen + rejected).sum()
+    first = prompt + chosen
+    visible = (first * (first + 1) / 2 + rejected * prompt + rejected * (rejected + 1) / 2).sum()
+    return (
+        3 * 2 * (body + lora) * tokens
+        + 4 * layers * 4 * inner * visible
+        + 3 * 2 * width * config.vocab_size * answers
+    )
+
+
+def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second in a product of two 2048 x 2048 matrices, the median of ten."""
+    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        _wait(device)
+        start = time.perf_counter()
+        a @ b
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / median(seconds[2:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class StepTimer(TrainerCallback):
+    """Notes the seconds of each optimiser step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        _wait(self.device)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        _wait(self.device)
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
+    """Train a few steps in this process; seconds a step, peak memory, and the matmul limit."""
+    from scripts.data import load_preferences
+    from scripts.models import load_model, load_tokenizer, resolve_model
+    from scripts.training import RunLog, build_trainer
+
+    values = {"prefix_sharing": TRAINERS[trainer], "max_steps": STEPS + 1, "report_to": "none"}
+    values |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 100}
+    if case != "data":
+        prompt, chosen, rejected, size = parse_case(case)
+        values |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
+        values["max_length"] = prompt + max(chosen, rejected)
+    cfg = load_config(config, values | overrides)
+    path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
+    tokenizer = load_tokenizer(path)
+    if case == "data":
+        pairs = load_preferences(cfg, tokenizer)
+    else:
+        turns = [[{"role": r, "content": "Hm."}] for r in ("user", "assistant", "assistant")]
+        one = dict(zip(("prompt", "chosen", "rejected"), turns, strict=True))
+        pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([one])))
+    model = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
+    device = model.accelerator.device
+    if case != "data":
+        model.train_dataset = random_pairs(len(tokenizer), (prompt, chosen, rejected), size)
+    model.remove_callback(RunLog)
+    timer = StepTimer(device)
+    model.add_callback(timer)
+    limit = matmul_limit(device, torch.bfloat16)
+    before = peak_memory(device)
+    batches = iter(model.get_train_dataloader())
+    model.train()
+    lengths = [lengths_of(next(batches)) for _ in range(STEPS + 1)] if case == "data" else None
+    if lengths is None:
+        lengths = [np.tile([prompt, chosen, rejected], (size, 1))] * (STEPS + 1)
+    lora = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
+    rates = [
+        (len(n) / s, step_flops(model.model.config, n, lora) / s / limit)
+        for n, s in zip(lengths[1:], timer.seconds[1:], strict=True)
+    ]
+    return {
+        "pairs_per_second": median(pairs for pairs, _ in rates),
+        "share_of_limit": median(share for _, share in rates),
+        "peak_gb": peak_memory(device),
+        "before_gb": before,
+        "limit_tflops": limit / 1e12,
+        "seconds": timer.seconds,
+    }
+
+
+def random_pairs(vocabulary: int, sizes: tuple[int, int, int], size: int) -> Dataset:
+    """Pairs of random tokens, as TRL's trainer has them after tokenising."""
+    random = np.random.default_rng(0)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        {k: random.integers(0, vocabulary, n).tolist() for k, n in zip(names, sizes, strict=True)}
+        for _ in range(size * (STEPS + 1))
+    ]
+    return Dataset.from_list(rows)
+
+
+def lengths_of(batch: dict) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected of a batch of TRL's collator, (pairs, 3)."""
+    answers = batch["completion_mask"].sum(1).cpu().numpy()
+    whole = batch["attention_mask"].sum(1).cpu().numpy()
+    half = len(answers) // 2
+    return np.stack([(whole - answers)[:half], answers[:half], answers[half:]], axis=1)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory so far, in GB: what torch allocated on a GPU, else the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1024**3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+def run_case(config: str, overrides: dict, case: str, repeats: int) -> dict:
+    """Both trainers by turns, `repeats` times, each time in a process of its own."""
+    found = {name: [] for name in TRAINERS}
+    for turn in range(repeats):
+        for name in list(TRAINERS)[:: 1 if turn % 2 == 0 else -1]:
+            job = json.dumps([config, overrides, case, name])
+            done = subprocess.run(
+                [sys.executable, "-m", "scripts.benchmark", "--child", job],
+                cwd=ROOT, capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                found[name].append({"error": reason})
+            else:
+                found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"{case:<16}{name:<8}{summary(found[name][-1])}", flush=True)
+    return found
+
+
+def summary(result: dict) -> str:
+    """One measurement in a line."""
+    if "error" in result:
+        return f"failed: {result['error'][:120]}"
+    return (
+        f"{result['pairs_per_second']:7.2f} pairs/s  {result['peak_gb']:6.2f} GB  "
+        f"{result['share_of_limit']:.0%} of {result['limit_tflops']:.2f} TFLOP/s"
+    )
+
+
+def table(results: dict) -> pd.DataFrame:
+    """Medians of each case, and the ratios of prefix sharing to TRL."""
+    rows = {}
+    for case, found in results.items():
+        row = {}
+        for name, runs in found.items():
+            runs = [run for run in runs if "error" not in run]
+            for key in ("pairs_per_second", "peak_gb", "share_of_limit"):
+                row[f"{key} {name}"] = median(r[key] for r in runs) if runs else float("nan")
+        row["speed"] = row["pairs_per_second shared"] / row["pairs_per_second trl"]
+        row["memory"] = row["peak_gb shared"] / row["peak_gb trl"]
+        rows[case] = row
+    return pd.DataFrame(rows).T
+
+
+def machine(cfg: Config) -> str:
+    """What it ran on."""
+    if cfg.dpo.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(measure(*json.loads(sys.argv[2]))))
+        return
+    from scripts import plots
+
+    parser = argument_parser(__doc__)
+    parser.add_argument("--cases", nargs="*", default=CASES, help="P/C/RxPAIRS, or data")
+    parser.add_argument("--repeats", type=int, default=3, help="processes a case and trainer")
+    parser.add_argument("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"])
+    parser.add_argument("--no-growth", action="store_true", help="leave out how time grows")
+    args = parser.parse_args()
+    for case in args.cases:
+        if case != "data":
+            parse_case(case)
+    overrides = parse_overrides(args.overrides)
+    cfg = load_config(args.config, overrides)
+    folder = Path(args.output_dir or "outputs/benchmark")
+    results = {"machine": machine(cfg), "config": args.config, "cases": {}, "growth": {}}
+    for name in args.formats:
+        more = overrides | {"load_in_4bit": name == "nf4"}
+        for case in args.cases:
+            found = run_case(args.config, more, case, args.repeats)
+            results["cases"][f"{name} {case}"] = found
+            save(results, folder)
+    for axis, cases in {} if args.no_growth else GROWTH.items():
+        found = {case: run_case(args.config, overrides, case, 1) for case in cases}
+        results["growth"][axis] = found
+        save(results, folder)
+    plots.save(plots.benchmark(results), folder / "benchmark.png")
+    print(f"\n{results['machine']}, medians of {args.repeats}; speed and memory: shared / trl")
+    print(table(results["cases"]).round(2).to_string())
+    print(f"\n{folder / 'benchmark.json'}, {folder / 'benchmark.png'}")
+
+
+def save(results: dict, folder: Path) -> None:
+    """Keep what is measured so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,483 @@
+"""Prefix sharing equals TRL's own trainer: losses, log-probabilities, gradients, whole runs."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import PAIRS, explicit, write_jsonl
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from trl import DPOTrainer
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from scripts.config import ROOT
+from scripts.models import load_tokenizer
+from scripts.prefix_sharing import (
+    REFERENCE,
+    AnswerLogps,
+    PrefixSharedDPOTrainer,
+    PrefixSharingError,
+    dense_mask,
+    fuse_adapter,
+    pack,
+    reference_cache,
+    share_prefixes,
+)
+
+LOSSES = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_CACHE_HOME", tmp_path / "cache")
+
+
+@pytest.fixture
+def both(tiny_trainer):
+    """TRL's trainer and ours, over the same weights, with an adapter that is not zero."""
+
+    def make(words: int = 1000, **overrides) -> tuple[DPOTrainer, DPOTrainer]:
+        trainers = [tiny_trainer(prefix_sharing=shared, **overrides) for shared in (False, True)]
+        for trainer in trainers:
+            stir(trainer)
+            head = trainer.model.get_base_model().lm_head
+            head.weight = torch.nn.Parameter(head.weight[:words].detach(), requires_grad=False)
+            trainer.current_gradient_accumulation_steps = 1
+        assert [type(t) for t in trainers] == [DPOTrainer, PrefixSharedDPOTrainer]
+        return tuple(trainers)
+
+    return make
+
+
+def stir(trainer, seed: int = 0) -> None:
+    """Give every LoRA matrix random values: at the start B is 0, and so is A's gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_" in name:
+            value = torch.randn(weight.shape, generator=generator) * 0.05
+            weight.data.copy_(value)
+
+
+def tokens(sizes, seed: int = 0, vocabulary: int = 1000) -> list[dict]:
+    """Random pairs whose prompt, chosen and rejected have the given numbers of tokens."""
+    random = np.random.default_rng(seed)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [
+        {name: random.integers(5, vocabulary, n).tolist() for name, n in zip(names, size)}  # noqa: B905
+        for size in sizes
+    ]
+
+
+def scored(trainer, rows: list[dict]) -> tuple[float, dict, dict]:
+    """Loss, logged metrics and gradients of one batch."""
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    trainer.model.train()
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    metrics.pop("num_tokens")
+    grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), metrics, grads
+
+
+def assert_equal(one, two, relative=1e-5) -> None:
+    (loss, metrics, grads), (own_loss, own_metrics, own_grads) = one, two
+    assert own_loss == pytest.approx(loss, rel=relative, abs=1e-6)
+    assert own_metrics == pytest.approx(metrics, rel=relative, abs=1e-5)
+    assert grads.keys() == own_grads.keys()
+    # A gradient may be nothing: a single token attends to itself, whatever its query and key.
+    floor = 1e-3 * max(gradient.norm() for gradient in grads.values())
+    for name, gradient in grads.items():
+        distance = (own_grads[name] - gradient).norm()
+        assert distance <= relative * max(gradient.norm(), floor), (name, distance, gradient.norm())
+
+
+# Ordinary pairs, answers of one token, equal lengths, very unequal ones, a prompt of one token, and
+# pairs that max_length cuts, down to a single token of the answer.
+SIZES = [(5, 9, 14), (12, 1, 1), (8, 6, 6), (3, 1, 60), (1, 7, 2), (40, 40, 9), (63, 9, 5)]
+
+
+def test_loss_metrics_and_every_gradient_are_trls(both):
+    stock, shared = both(max_length=64)
+    assert_equal(scored(stock, tokens(SIZES)), scored(shared, tokens(SIZES)))
+
+
+def test_so_they_are_over_llama_3s_whole_vocabulary(both):
+    stock, shared = both(words=128_256, max_length=64)
+    # Twice the bound: in float32 a sum over so many words alone is off by nearly 1e-5 (next test).
+    assert_equal(scored(stock, tokens(SIZES)), scored(shared, tokens(SIZES)), relative=2e-5)
+
+
+def test_the_head_is_as_near_to_the_truth_as_trls():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 64), torch.randn(128_256, 64) * 0.02
+    targets = torch.randint(0, len(weight), (2,))
+    exact = hidden.double().requires_grad_()
+    logps = (exact @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None])
+    logps.sum().backward()
+    errors = {}
+    for name, head in (
+        ("ours", lambda h: AnswerLogps.apply(h, weight, None, targets, True)),
+        ("trl", lambda h: ChunkedLogProbFunction.apply(h, weight, None, targets, 1.0, 8192)),
+    ):
+        own = hidden.clone().requires_grad_()
+        found = head(own)[0]
+        found.sum().backward()
+        assert found.tolist() == pytest.approx(logps[:, 0].tolist(), rel=1e-6)
+        errors[name] = ((own.grad - exact.grad).norm() / exact.grad.norm()).item()
+    assert errors["ours"] < errors["trl"] < 1e-5
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_pairs_of_any_lengths_give_the_same(both, data):
+    if not hasattr(both, "made"):
+        both.made = both(max_length=32)
+    size = st.tuples(st.integers(1, 31), st.integers(1, 40), st.integers(1, 40))
+    rows = tokens(data.draw(st.lists(size, min_size=1, max_size=3)), data.draw(st.integers(0, 99)))
+    assert_equal(*(scored(trainer, rows) for trainer in both.made))
+
+
+def test_the_text_of_a_pair_with_an_empty_system_message_gives_the_same(both, tmp_path):
+    rows = [explicit(*pair) for pair in PAIRS]
+    for row in rows[:3]:
+        row["prompt"].insert(0, {"role": "system", "content": ""})
+    write_jsonl(tmp_path / "p" / "train.jsonl", rows[:4])
+    write_jsonl(tmp_path / "p" / "test.jsonl", rows[4:])
+    stock, shared = both(words=128_256, dataset_name=str(tmp_path / "p"))
+    rows = stock.train_dataset.to_list()
+    assert rows == shared.train_dataset.to_list()
+    assert_equal(scored(stock, rows), scored(shared, rows), relative=2e-5)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, ["sigmoid", "sft"]], ids=str)
+def test_every_loss_is_trls(both, loss):
+    weights = [1.0, 0.5] if isinstance(loss, list) else None
+    smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
+    stock, shared = both(loss_type=loss, loss_weights=weights, label_smoothing=smoothing)
+    rows = tokens(SIZES[:5])
+    one, two = scored(stock, rows), scored(shared, rows)
+    assert_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"ld_alpha": 0.5},
+        {"use_weighting": True},
+        {"f_divergence_type": "js_divergence"},
+        {"truncation_mode": "keep_end", "max_length": 30},
+        {"activation_checkpointing": True},
+        {"lora_target_modules": ["q_proj", "down_proj"]},
+    ],
+    ids=lambda setting: "-".join(setting),
+)
+def test_every_setting_is_trls(both, setting):
+    rows = tokens(SIZES[:5])
+    assert_equal(*(scored(trainer, rows) for trainer in both(**setting)))
+
+
+@pytest.mark.parametrize("attention", ["mask", "segments"])
+def test_either_attention_is_trls(both, attention):
+    assert_equal(
+        *(scored(trainer, tokens(SIZES[:6])) for trainer in both(prefix_attention=attention))
+    )
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 999), changed=st.integers(0, 999))
+def test_chosen_never_reaches_rejected(both, seed, changed):
+    if not hasattr(both, "made"):
+        both.made = both()
+    shared = both.made[1]
+    rows = tokens([(6, 9, 7), (3, 4, 12)], seed)
+    others = tokens([(6, 9, 7), (3, 4, 12)], 1000 + changed)
+    swapped = [row | {"chosen_ids": o["chosen_ids"]} for row, o in zip(rows, others, strict=True)]
+    found = [answers(shared, some) for some in (rows, swapped)]
+    half = len(rows)
+    assert torch.equal(found[0][half:], found[1][half:])  # to the last bit
+    assert not torch.equal(found[0][:half], found[1][:half])
+
+
+def answers(trainer, rows) -> torch.Tensor:
+    """The policy's log-probability of every token of the chosen answers, then of the rejected."""
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    with torch.no_grad():
+        return trainer.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels,
+            fused_lm_head=True, use_cache=False,
+        ).log_probs  # fmt: skip
+
+
+def weights(trainer) -> torch.Tensor:
+    parameters = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
+    return torch.cat([p.detach().flatten().float() for p in parameters])
+
+
+def test_a_run_of_twenty_steps_is_trls(both, tmp_path):
+    runs = both(
+        words=128_256, max_steps=20, learning_rate=1e-3, gradient_accumulation_steps=2,
+        logging_steps=1, per_device_train_batch_size=1, eval_strategy="steps",
+        eval_steps=10, output_dir=str(tmp_path),
+    )  # fmt: skip
+    logs = []
+    for trainer in runs:
+        trainer.train()
+        logs.append(
+            [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+        )
+    assert len(logs[0]) == len(logs[1]) == 22
+    for one, two in zip(*logs, strict=True):
+        for name in one.keys() - {k for k in one if "runtime" in k or "per_second" in k}:
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), (one["step"], name)
+    stock, shared = map(weights, runs)
+    start = both(words=128_256)[0]
+    assert (stock - weights(start)).norm() > 0.1 * stock.norm()  # they went somewhere
+    assert (stock - shared).norm() <= 1e-4 * stock.norm()
+
+
+def test_in_nf4_and_bfloat16_the_error_is_that_of_the_format(both):
+    """What 16 bits do to TRL's own numbers is the yardstick for what sharing does to them."""
+    rows = tokens(SIZES[:6])
+    exact, _ = both(load_in_4bit=True, dtype="float32", bf16=False)
+    for parameter in exact.model.parameters():  # TRL rounds the adapter; the yardstick must not be
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    stir(exact)
+    stock, shared = both(load_in_4bit=True, dtype="bfloat16", bf16=True)
+    truth = scored(exact, rows)
+    errors = [], []
+    for trainer, error in zip((stock, shared), errors, strict=True):
+        loss, _, grads = scored(trainer, rows)
+        error.append(abs(loss - truth[0]))
+        error += [((grads[n].float() - g).norm() / g.norm()).item() for n, g in truth[2].items()]
+    noise, ours = np.array(errors[0]), np.array(errors[1])
+    assert noise[1:].mean() > 1e-3  # there is something to compare with
+    assert ours[1:].mean() <= 1.5 * noise[1:].mean()
+    assert ours[1:].max() <= 2 * noise[1:].max()
+    assert ours[0] <= 2 * noise[0] + 1e-2
+
+
+def test_nothing_is_padded_and_the_prompt_is_there_once():
+    collator = DataCollatorForPreference(pad_token_id=0)
+    batch = collator(tokens(SIZES[:3]))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    row = pack(batch["input_ids"], batch["attention_mask"], labels)
+    # The last token of an answer predicts nothing; the last one of the prompt stands there twice.
+    assert row.input_ids.shape[1] == sum(p + c - 1 + r for p, c, r in SIZES[:3])
+    assert len(row.targets) == sum(c + r for _, c, r in SIZES[:3])
+    assert row.position_ids[0, :13].tolist() == list(range(13))
+    assert row.position_ids[0, 13:27].tolist() == list(range(4, 18))  # rejected restarts
+    mask = dense_mask(row)[0, 0]
+    assert mask[13, :4].all()  # rejected sees the prompt,
+    assert not mask[13, 4:13].any()  # nothing of chosen,
+    assert not mask[27:, :27].any()  # and no other pair's tokens
+
+
+def test_generation_goes_the_way_it_went(both):
+    stock, shared = both()
+    tokenizer = stock.processing_class
+    inputs = tokenizer(
+        ["Why?", "Is water wet, or is it not?"], return_tensors="pt", padding=True,
+        padding_side="left",
+    )  # fmt: skip
+    found = [
+        trainer.model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=True)
+        for trainer in (stock, shared)
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_run_that_was_stopped_goes_on_the_same(tiny_trainer, tmp_path):
+    common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    whole = tiny_trainer(output_dir=str(tmp_path / "whole"), **common)
+    whole.train()
+    again = tiny_trainer(output_dir=str(tmp_path / "again"), **common)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert again.state.global_step == 6
+    assert torch.allclose(weights(whole), weights(again), atol=1e-6)
+
+
+def reference(trainer) -> np.ndarray:
+    return np.array([trainer.train_dataset[name][:] for name in REFERENCE])
+
+
+def test_reference_logps_are_kept_and_read_again(tiny_trainer):
+    live = tiny_trainer()
+    first = tiny_trainer(precompute_ref_log_probs=True)
+    files = sorted(reference_cache().glob("*.npz"))
+    assert len(files) == 2  # the training pairs and the held-out ones
+    batch = live._prepare_inputs(live.data_collator(live.train_dataset.to_list()))
+    computed = [x.tolist() for x in live.compute_ref_log_probs(live.model, batch)]
+    assert reference(first) == pytest.approx(np.array(computed), abs=1e-3)
+    kept = np.load(files[0])  # what stands in the files is what the next trainer takes
+    for file in files:
+        np.savez(file, **{name: np.load(file)[name] - 5 for name in REFERENCE})
+    second = tiny_trainer(precompute_ref_log_probs=True, lora_r=4, seed=7, beta=0.3)
+    assert reference(second) == pytest.approx(reference(first) - 5, abs=1e-4)
+    assert sorted(reference_cache().glob("*.npz")) == files
+    assert set(kept) == set(REFERENCE)
+
+
+@pytest.mark.parametrize("changed", ["max_length", "data", "model"])
+def test_reference_logps_of_something_else_are_not_taken(
+    tiny_trainer, tiny_llama3, tmp_path, changed
+):
+    tiny_trainer(precompute_ref_log_probs=True)
+    before = set(reference_cache().glob("*.npz"))
+    other = {"max_length": {"max_length": 100}}.get(changed)
+    if changed == "data":
+        write_jsonl(tmp_path / "p" / "train.jsonl", [explicit(*PAIRS[1])])
+        write_jsonl(tmp_path / "p" / "test.jsonl", [explicit(*PAIRS[0])])
+        other = {"dataset_name": str(tmp_path / "p")}
+    if changed == "model":
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama3)
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.5
+        model.save_pretrained(tmp_path / "m")
+        load_tokenizer(str(tiny_llama3)).save_pretrained(tmp_path / "m")
+        other = {"model_name_or_path": str(tmp_path / "m")}
+    tiny_trainer(precompute_ref_log_probs=True, **other)
+    assert len(set(reference_cache().glob("*.npz")) - before) == 2
+
+
+def test_training_from_kept_reference_logps_is_the_same(tiny_trainer, tmp_path):
+    runs = [
+        tiny_trainer(max_steps=4, precompute_ref_log_probs=kept, output_dir=str(tmp_path / "r"))
+        for kept in (False, True)
+    ]
+    for trainer in runs:
+        trainer.train()
+    assert torch.allclose(*map(weights, runs), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_trl_does(tiny_llama3, pairs_folder, tmp_path):
+    """Both trainers under `accelerate launch`, two processes on the CPU: the same logs."""
+    logs = {}
+    for shared in ("false", "true"):
+        out = tmp_path / shared
+        values = {
+            "model_name_or_path": tiny_llama3, "dataset_name": pairs_folder,
+            "load_in_4bit": "false", "dtype": "float32", "bf16": "false", "report_to": "none",
+            "max_steps": 3, "per_device_train_batch_size": 1, "learning_rate": 1e-2,
+            "warmup_steps": 0, "prefix_sharing": shared,
+        }  # fmt: skip
+        options = [part for k, v in values.items() for part in ("--set", f"{k}={v}")]
+        launch = ["accelerate.commands.launch", "--config_file=configs/accelerate/cpu-2.yaml"]
+        command = [sys.executable, "-m", *launch, "-m", "scripts.training", *options]
+        done = subprocess.run(
+            [*command, "--output-dir", out],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs[shared] = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    stock, own = ([row for row in logs[k] if "loss" in row] for k in ("false", "true"))
+    assert len(stock) == len(own) == 3
+    for one, two in zip(stock, own, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm", "logps/rejected"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "dora", "biased", "switched off", "dropout"])
+def test_the_fused_adapter_is_pefts(tiny_llama3, kind):
+    torch.manual_seed(0)
+    more = {
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True},
+        "biased": {"lora_bias": True},
+    }
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], init_lora_weights=False,
+        lora_dropout=0.3 if kind == "dropout" else 0.0, **more.get(kind, {}),
+    )  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama3), config)
+    ids = torch.randint(0, 1000, (2, 9))
+    found = []
+    for fused in (False, True):
+        if fused:
+            assert fuse_adapter(model) == 4
+        model.zero_grad()
+        torch.manual_seed(1)  # of the dropout
+        with model.disable_adapter() if kind == "switched off" else nullcontext():
+            logits = model(ids).logits
+        if logits.requires_grad:
+            logits.square().mean().backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([logits.detach(), *grads])
+    assert len(found[0]) == len(found[1]) == (1 if kind == "switched off" else len(found[0]))
+    for one, two in zip(*found, strict=True):
+        assert (one - two).norm() <= 1e-5 * one.norm()
+
+
+def tiny(config_class, model_class, **more):
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    return model_class(config_class(**sizes, num_attention_heads=2, num_key_value_heads=1, **more))
+
+
+def test_models_that_cannot_share_are_refused_by_name(tiny_cfg, tiny_llama3):
+    with pytest.raises(PrefixSharingError, match=r"sliding windows \(16\)"):
+        share_prefixes(tiny(MistralConfig, MistralForCausalLM, sliding_window=16))
+    other = tiny(MistralConfig, MistralForCausalLM, sliding_window=None)
+    other.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(
+        PrefixSharingError, match="attn_implementation: sdpa, not flash_attention_2"
+    ):
+        share_prefixes(other)
+    tokenizer = load_tokenizer(str(tiny_llama3))
+    pairs = Dataset.from_list([explicit(*PAIRS[0])] * 2)
+    moe = tiny(
+        MixtralConfig, MixtralForCausalLM, sliding_window=None, num_local_experts=2,
+        output_router_logits=True,
+    )  # fmt: skip
+    moe.resize_token_embeddings(len(tokenizer))
+    common = {"processing_class": tokenizer, "train_dataset": pairs}
+    with pytest.raises(PrefixSharingError, match="mixture-of-experts models are not supported"):
+        PrefixSharedDPOTrainer(
+            model=moe, ref_model=moe.__class__(moe.config), args=tiny_cfg().dpo, **common
+        )
+    prompts = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama3)
+    with pytest.raises(PrefixSharingError, match="prompt tuning is not supported"):
+        PrefixSharedDPOTrainer(model=model, args=tiny_cfg().dpo, peft_config=prompts, **common)
+
+
+def test_other_llama_like_models_share_as_well():
+    """Mistral without its window: the head and the attention are looked up, not assumed."""
+    torch.manual_seed(0)
+    model = tiny(MistralConfig, MistralForCausalLM, sliding_window=None).requires_grad_(False)
+    collator = DataCollatorForPreference(pad_token_id=0)
+    batch = collator(tokens([(5, 4, 7), (3, 8, 2)], vocabulary=99))
+    batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    add_fused_lm_head(model)
+    stock = model(**batch, fused_lm_head=True).log_probs
+    share_prefixes(model)
+    assert torch.allclose(model(**batch, fused_lm_head=True).log_probs, stock, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["segments", "mask", "flex"])
+def test_on_a_gpu_every_attention_is_trls(both, attention):
+    rows = tokens(SIZES[:6])
+    setting = {"use_cpu": False, "bf16": False, "dtype": "float32", "prefix_attention": attention}
+    assert_equal(*(scored(trainer, rows) for trainer in both(**setting)), relative=1e-3)
