@@ -427,7 +427,7 @@ def test_the_fused_adapter_is_pefts(tiny_llama3, kind):
         found.append([logits.detach(), *grads])
     assert len(found[0]) == len(found[1]) == (1 if kind == "switched off" else len(found[0]))
     for one, two in zip(*found, strict=True):
-        assert (one - two).norm() <= 1e-5 * one.norm()
+        assert (one - two).norm() <= 3e-5 * one.norm()
 
 
 def tiny(config_class, model_class, **more):

