@@ -40,7 +40,6 @@ GROWTH = {
     "pairs": ["128/100/100x1", "128/100/100x2", "128/100/100x4", "128/100/100x8"],
 }
 TRAINERS = {"trl": False, "shared": True}
-STEPS = 2  # measured in each process, after one that warms up
 
 
 def parse_case(case: str) -> tuple[int, int, int, int]:
@@ -117,7 +116,8 @@ def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
     from scripts.models import load_model, load_tokenizer, resolve_model
     from scripts.training import RunLog, build_trainer
 
-    values = {"prefix_sharing": TRAINERS[trainer], "max_steps": STEPS + 1, "report_to": "none"}
+    steps = 1 + measured_steps(case)  # the first warms up
+    values = {"prefix_sharing": TRAINERS[trainer], "max_steps": steps, "report_to": "none"}
     values |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 100}
     if case != "data":
         prompt, chosen, rejected, size = parse_case(case)
@@ -135,7 +135,7 @@ def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
     model = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
     device = model.accelerator.device
     if case != "data":
-        model.train_dataset = random_pairs(len(tokenizer), (prompt, chosen, rejected), size)
+        model.train_dataset = random_pairs(len(tokenizer), (prompt, chosen, rejected), size * steps)
     model.remove_callback(RunLog)
     timer = StepTimer(device)
     model.add_callback(timer)
@@ -143,9 +143,9 @@ def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
     before = peak_memory(device)
     batches = iter(model.get_train_dataloader())
     model.train()
-    lengths = [lengths_of(next(batches)) for _ in range(STEPS + 1)] if case == "data" else None
+    lengths = [lengths_of(next(batches)) for _ in range(steps)] if case == "data" else None
     if lengths is None:
-        lengths = [np.tile([prompt, chosen, rejected], (size, 1))] * (STEPS + 1)
+        lengths = [np.tile([prompt, chosen, rejected], (size, 1))] * steps
     lora = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
     rates = [
         (len(n) / s, step_flops(model.model.config, n, lora) / s / limit)
@@ -161,13 +161,18 @@ def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
     }
 
 
-def random_pairs(vocabulary: int, sizes: tuple[int, int, int], size: int) -> Dataset:
+def measured_steps(case: str) -> int:
+    """Steps to measure in a process: real batches differ, random ones are all of a size."""
+    return 3 if case == "data" else 1
+
+
+def random_pairs(vocabulary: int, sizes: tuple[int, int, int], count: int) -> Dataset:
     """Pairs of random tokens, as TRL's trainer has them after tokenising."""
     random = np.random.default_rng(0)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows = [
         {k: random.integers(0, vocabulary, n).tolist() for k, n in zip(names, sizes, strict=True)}
-        for _ in range(size * (STEPS + 1))
+        for _ in range(count)
     ]
     return Dataset.from_list(rows)
 

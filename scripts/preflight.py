@@ -63,8 +63,8 @@ def gpu(cfg: Config) -> Iterator[Check]:
     told = f"{properties.name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
     yield Check(OK, "GPU", told)
     if cfg.dpo.bf16 and major < 8:
-        yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}",
-                    "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true")  # fmt: skip
+        cure = "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true"
+        yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}", cure)
 
 
 def memory(cfg: Config) -> Iterator[Check]:
@@ -92,8 +92,8 @@ def memory(cfg: Config) -> Iterator[Check]:
         there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         room = shutil.disk_usage(there).free / GB
         told = f"{room:.0f} GB free, up to {need:.1f} GB needed"
-        yield Check(OK if room > need else FAIL, what, told,
-                    "" if room > need else "free some, or set HF_HOME / output_dir elsewhere")  # fmt: skip
+        fits, cure = room > need, "free some, or set HF_HOME / output_dir elsewhere"
+        yield Check(OK if fits else FAIL, what, told, "" if fits else cure)
 
 
 def versions(cfg: Config) -> Iterator[Check]:
