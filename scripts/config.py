@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from trl import DPOConfig, ModelConfig, ScriptArguments
@@ -87,8 +88,13 @@ HINTS: dict[str, Any] = {
 }
 
 
-def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | Path, overrides: dict[str, Any] | None = None, *, elsewhere: bool = False
+) -> Config:
     """Read the YAML file `path`, apply `overrides`, and build the run's arguments.
+
+    `elsewhere` is for looking at a run that another machine will do: transformers refuses a GPU's
+    arguments where there is no GPU. What the config itself says stays in `given`.
 
     Raises:
         ConfigError: the file is missing or is no mapping, a key is unknown (the message names the
@@ -109,9 +115,10 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     given = {key: _checked(path.name, key, value) for key, value in values.items()}
     given |= {key: _checked("override", key, value) for key, value in (overrides or {}).items()}
     given.setdefault("output_dir", f"outputs/{path.stem}")
+    values = given | {"use_cpu": True} if elsewhere and not torch.cuda.is_available() else given
     try:
         parts = {
-            name: part(**{k: v for k, v in given.items() if k in _field_names(part)})
+            name: part(**{k: v for k, v in values.items() if k in _field_names(part)})
             for name, part in PARTS.items()
         }
     except (ValueError, TypeError, ImportError) as error:
@@ -167,12 +174,12 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def config_from_args(args: argparse.Namespace) -> Config:
-    """The `Config` that the shared options ask for."""
+def config_from_args(args: argparse.Namespace, *, elsewhere: bool = False) -> Config:
+    """The `Config` that the shared options ask for, perhaps for a run `elsewhere`."""
     overrides = parse_overrides(args.overrides)
     if args.output_dir:
         overrides["output_dir"] = args.output_dir
-    return load_config(args.config, overrides)
+    return load_config(args.config, overrides, elsewhere=elsewhere)
 
 
 def command(main: Callable[[], None]) -> None:

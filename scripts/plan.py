@@ -25,9 +25,10 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trl import get_peft_config
 
-from scripts.benchmark import step_flops
+from scripts.benchmark import parse_case, step_flops
 from scripts.config import ROOT, Config, RecipeError, argument_parser, command, config_from_args
 from scripts.prefix_sharing import BLOCK, CACHED, CHUNK
+from scripts.quiet import quiet
 
 GB = 1024**3
 GPUS = ROOT / "configs" / "gpus.yaml"
@@ -229,9 +230,23 @@ def _changed(dpo, values: dict):
     return dpo
 
 
-def memory_table(cfg: Config, s: Shape, cuda: bool, runtime: float) -> pd.DataFrame:
-    """GB by part and phase, with the sum of each phase."""
-    found = phases(cfg, s, worst_lengths(cfg), cuda, runtime)
+def on_gpu(cfg: Config) -> bool:
+    """Whether the config means a GPU, be there one here or not."""
+    return not cfg.given.get("use_cpu", False)
+
+
+def needs(cfg: Config, s: Shape | None = None) -> dict[str, dict[str, float]]:
+    """`phases` for the worst lengths, on what the config means: a GPU, or this process.
+
+    Call it before a model is loaded: on a CPU what the process holds by then counts as runtime.
+    """
+    runtime = gpus()["context_gb"] if on_gpu(cfg) else process_gb()
+    return phases(cfg, s or shape(cfg), worst_lengths(cfg), on_gpu(cfg), runtime * GB)
+
+
+def memory_table(cfg: Config, s: Shape | None = None) -> pd.DataFrame:
+    """GB by part and phase, with the sum of each phase as the last row, `peak`."""
+    found = needs(cfg, s)
     frame = pd.DataFrame(found).div(GB).reindex(columns=list(found))
     order = list(dict.fromkeys(part for parts in found.values() for part in parts))
     return pd.concat([frame.reindex(order), frame.sum().to_frame("peak").T])
@@ -242,50 +257,52 @@ def process_gb() -> float:
     return psutil.Process().memory_info().rss / GB
 
 
-def time_table(cfg: Config, s: Shape, config: PretrainedConfig, pairs: int) -> pd.DataFrame:
-    """Fit, time and cost on each GPU of the table, for `pairs` pairs of the worst lengths."""
-    lengths = np.array([worst_lengths(cfg)])
-    flops = step_flops(config, lengths, s.lora) * pairs * cfg.dpo.num_train_epochs
+def time_table(
+    cfg: Config, s: Shape, config: PretrainedConfig, pairs: int, lengths: tuple[int, int, int]
+) -> pd.DataFrame:
+    """Fit, time and cost on each GPU of the table, for `pairs` pairs of these lengths in all."""
+    flops = step_flops(config, np.array([lengths]), s.lora) * pairs
     if cfg.dpo.activation_checkpointing or cfg.dpo.gradient_checkpointing:
         flops *= 4 / 3  # the policy's forward once more
     rows = {}
     for name, gpu in gpus()["gpus"].items():
         fits, change = fit(cfg, s, gpu)
+        price = gpu["dollars_per_hour"]
         hours = flops / (gpu["tflops"] * 1e12 * gpus()["utilisation"]) / 3600
         rows[name] = {
             "memory GB": gpu["memory_gb"], "fits": "yes" if fits else "no",
-            "hours": round(hours, 2), "cost $": round(hours * gpu["dollars_per_hour"], 2),
+            "hours": round(hours, 2), "cost $": round(hours * price, 2) if price else "",
             "change": change,
         }  # fmt: skip
     return pd.DataFrame(rows).T
 
 
-def report(cfg: Config, pairs: int) -> str:
-    """The whole plan as text."""
+def report(cfg: Config, pairs: int, lengths: tuple[int, int, int] | None = None) -> str:
+    """The whole plan as text; memory is for the worst lengths, time for `lengths` if given."""
     config = architecture(cfg)
     s = shape(cfg, config)
-    cuda = cfg.dpo.device.type == "cuda" or not cfg.dpo.use_cpu
-    runtime = gpus()["context_gb"] * GB if cuda else process_gb() * GB
+    cuda = on_gpu(cfg)
     total = s.quantized + s.other + s.lora
-    prompt, chosen, rejected = worst_lengths(cfg)
+    prompt, chosen, rejected = worst = worst_lengths(cfg)
     size = cfg.dpo.per_device_train_batch_size * cfg.dpo.gradient_accumulation_steps
     steps = cfg.dpo.max_steps
     if steps <= 0:
         steps = -(-pairs * int(cfg.dpo.num_train_epochs) // size)
-    pairs = min(pairs, steps * size)
     lines = [
         f"model: {cfg.model.model_name_or_path}",
         f"parameters: {total:,}, trained {s.lora:,} ({s.lora / total:.2%})",
-        f"steps: {steps:,} of {size} pairs; pairs of {prompt}/{chosen}/{rejected} tokens "
-        f"(prompt/chosen/rejected, as many as max_length allows)",
-        f"\nmemory in GB on {'a GPU' if cuda else 'this CPU (resident memory)'}:",
-        memory_table(cfg, s, cuda, runtime).round(2).to_string(na_rep=""),
+        f"steps: {steps:,} of {size} pairs",
+        f"\nmemory in GB on {'a GPU' if cuda else 'this CPU (resident memory)'}, pairs of "
+        f"{prompt}/{chosen}/{rejected} tokens (prompt/chosen/rejected,\n"
+        "as long as max_length allows):",
+        memory_table(cfg, s).round(2).to_string(na_rep=""),
     ]
     if cuda:
         lines += [
-            f"\ntraining alone, at {gpus()['utilisation']:.0%} of each GPU's dense 16-bit rate "
-            "(an assumption; see configs/gpus.yaml):",
-            time_table(cfg, s, config, pairs).to_string(),
+            f"\ntraining alone, pairs of {'/'.join(map(str, lengths or worst))} tokens, at "
+            f"{gpus()['utilisation']:.0%} of each GPU's dense 16-bit rate\n"
+            "(an assumption, not a measurement; prices and rates: configs/gpus.yaml):",
+            time_table(cfg, s, config, steps * size, lengths or worst).to_string(),
         ]
     return "\n".join(lines)
 
@@ -299,10 +316,13 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.usage = "python -m scripts.plan [validate] [options]"
     parser.add_argument("--pairs", type=int, help="training pairs (default: train_samples)")
+    parser.add_argument("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time")
     args = parser.parse_args(arguments)
-    cfg = config_from_args(args)
+    lengths = parse_case(f"{args.lengths}x1")[:3] if args.lengths else None
+    quiet()
+    cfg = config_from_args(args, elsewhere=True)
     pairs = args.pairs or cfg.recipe.train_samples or known_pairs(cfg)
-    print(report(cfg, pairs))
+    print(report(cfg, pairs, lengths))
 
 
 def known_pairs(cfg: Config) -> int:

@@ -26,7 +26,7 @@ from huggingface_hub import HfApi, constants, get_token
 from scripts.config import ROOT, Config, RecipeError, argument_parser, command, config_from_args
 from scripts.hub import hub_state
 from scripts.models import WHEELS
-from scripts.plan import architecture, peak, phases, process_gb, shape, worst_lengths
+from scripts.plan import architecture, needs, on_gpu, peak, shape
 from scripts.tracking import has_wandb_key
 
 GB = 1024**3
@@ -49,7 +49,7 @@ class PreflightError(RecipeError):
 
 def gpu(cfg: Config) -> Iterator[Check]:
     """The device that the config asks for, its driver, and bfloat16."""
-    if cfg.dpo.use_cpu:
+    if not on_gpu(cfg):
         yield Check(OK, "device", f"CPU, {torch.get_num_threads()} threads, as the config says")
         return
     if not torch.cuda.is_available():
@@ -75,15 +75,12 @@ def memory(cfg: Config) -> Iterator[Check]:
     except RecipeError as error:
         yield Check(WARN, "plan", str(error), "its memory cannot be foretold")
         return
-    cuda = torch.cuda.is_available() and not cfg.dpo.use_cpu
-    runtime = 0.6 * GB if cuda else process_gb() * GB
-    needed = {k: peak(v) for k, v in phases(cfg, s, worst_lengths(cfg), cuda, runtime).items()}
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    phase = max(needed, key=needed.get)
-    told = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
-    status = OK if needed[phase] * 1.1 < free / GB else WARN if needed["step"] < free / GB else FAIL
-    cure = "" if status == OK else "python -m scripts.plan names the first change that would fit"
-    yield Check(status, "GPU memory" if cuda else "memory", told, cure)
+    needed = {k: peak(v) for k, v in needs(cfg, s).items()}
+    cuda = torch.cuda.is_available() and on_gpu(cfg)
+    if on_gpu(cfg) and not cuda:
+        yield Check(WARN, "GPU memory", f"{max(needed.values()):.1f} GB planned, no GPU to ask")
+    else:
+        yield _room(needed, cuda)
     sixteen = 2 * (s.quantized + s.other) / GB
     for what, path, need in (
         ("disk for the model", Path(constants.HF_HOME), sixteen),
@@ -94,6 +91,15 @@ def memory(cfg: Config) -> Iterator[Check]:
         told = f"{room:.0f} GB free, up to {need:.1f} GB needed"
         fits, cure = room > need, "free some, or set HF_HOME / output_dir elsewhere"
         yield Check(OK if fits else FAIL, what, told, "" if fits else cure)
+
+
+def _room(needed: dict[str, float], cuda: bool) -> Check:
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    phase = max(needed, key=needed.get)
+    told = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
+    status = OK if needed[phase] * 1.1 < free / GB else WARN if needed["step"] < free / GB else FAIL
+    cure = "" if status == OK else "python -m scripts.plan names the first change that would fit"
+    return Check(status, "GPU memory" if cuda else "memory", told, cure)
 
 
 def versions(cfg: Config) -> Iterator[Check]:
@@ -212,7 +218,7 @@ def show(found: list[Check], out: Callable[[str], None] = print) -> None:
 
 
 def main() -> None:
-    cfg = config_from_args(argument_parser(__doc__).parse_args())
+    cfg = config_from_args(argument_parser(__doc__).parse_args(), elsewhere=True)
     code = 0
     try:
         show(preflight(cfg))

@@ -3,7 +3,9 @@
     python -m scripts.run --config configs/smollm2-135m-cpu.yaml --set beta=0.2
 
 The executed notebook goes into the run folder as `notebook.ipynb`; when a cell fails it is written
-all the same, with a link to the error at its top, and the exit code is 1.
+all the same, with the error at its top. `--resume` goes on from the run's last checkpoint.
+
+Exit codes: 0, all cells ran; 1, a cell failed or the config has a mistake; 2, no such option.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ import logging
 import sys
 import time
 
+import nbformat
 import papermill
+from nbformat.v4 import new_markdown_cell
 from papermill.exceptions import PapermillExecutionError
+from transformers.trainer_utils import get_last_checkpoint
 
 from scripts.config import (
     ROOT,
     Config,
+    RecipeError,
     argument_parser,
     command,
     config_from_args,
@@ -51,6 +57,37 @@ def execute(cfg: Config, config: str, overrides: dict) -> None:
     )
 
 
+def put_error_on_top(cfg: Config, error: PapermillExecutionError) -> None:
+    """Begin the saved notebook with what went wrong, in which cell, and what to do next."""
+    path = cfg.run_dir / "notebook.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(
+        0,
+        new_markdown_cell(
+            f"## The run failed in cell {error.exec_count}\n\n"
+            f"```\n{error.ename}: {error.evalue}\n```\n\n"
+            "What ran before it is below. Mend it and run the same command again; with `--resume` "
+            "training goes on from its last checkpoint, if the config keeps any (`save_strategy`)."
+        ),
+    )
+    nbformat.write(notebook, path)
+
+
+def checkpoint(cfg: Config) -> str:
+    """The run's last checkpoint.
+
+    Raises:
+        RecipeError: there is none to go on from.
+    """
+    found = get_last_checkpoint(cfg.run_dir) if cfg.run_dir.is_dir() else None
+    if found is None:
+        raise RecipeError(
+            f"--resume: no checkpoint in {cfg.run_dir}; leave --resume out, and to keep some set "
+            "save_strategy: steps and save_steps"
+        )
+    return found
+
+
 def summary(cfg: Config) -> str:
     """Where the run's results are, and its before/after table."""
     figures = json.loads((cfg.run_dir / "evaluation.json").read_text())
@@ -72,16 +109,21 @@ def summary(cfg: Config) -> str:
 
 
 def main() -> None:
-    args = argument_parser(__doc__).parse_args()
+    parser = argument_parser(__doc__)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    args = parser.parse_args()
     cfg = config_from_args(args)  # mistakes show before a kernel starts
+    overrides = parse_overrides(args.overrides)
+    if args.resume:
+        overrides["resume_from_checkpoint"] = checkpoint(cfg)
+        print(f"going on from {overrides['resume_from_checkpoint']}")
     start = time.monotonic()
     try:
-        execute(cfg, args.config, parse_overrides(args.overrides))
+        execute(cfg, args.config, overrides)
     except PapermillExecutionError as error:
+        put_error_on_top(cfg, error)
         print(f"\nThe notebook failed in cell {error.exec_count}: {error.ename}: {error.evalue}")
-        sys.exit(
-            f"Its output so far, a link to the error at the top: {cfg.run_dir / 'notebook.ipynb'}"
-        )
+        sys.exit(f"Its output so far, the error at the top: {cfg.run_dir / 'notebook.ipynb'}")
     print(summary(cfg))
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.")
 

@@ -13,6 +13,7 @@ os.environ["WANDB_SILENT"] = "true"
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOTrainer
@@ -215,6 +216,22 @@ def loopback():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def endpoint(loopback, monkeypatch):
+    """Points the hub's client at a server on loopback; `token` is what HF_TOKEN would be."""
+
+    def use(answer, token=None):
+        url = loopback(answer)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+        if token:
+            monkeypatch.setenv("HF_TOKEN", token)
+        return url
+
+    return use
 
 
 def pytest_collection_modifyitems(items) -> None:

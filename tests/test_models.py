@@ -7,7 +7,6 @@ import time
 import zipfile
 
 import pytest
-from huggingface_hub import constants
 
 from scripts import hub, models
 from scripts.config import ROOT, RecipeError
@@ -25,22 +24,6 @@ def hub_answers(model=(200, {}, b'{"id": "m", "gated": false}'), auth=(200, {}, 
 GATED = (200, {}, b'{"id": "m", "gated": "manual"}')
 REFUSED = (403, {"X-Error-Code": "GatedRepo"}, b"{}")
 MISSING = (401, {"X-Error-Code": "RepoNotFound"}, b"{}")
-
-
-@pytest.fixture
-def endpoint(loopback, monkeypatch):
-    """Points the hub's client at a server on loopback; `token` is what HF_TOKEN would be."""
-
-    def use(answer, token=None):
-        url = loopback(answer)
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
-        if token:
-            monkeypatch.setenv("HF_TOKEN", token)
-        return url
-
-    return use
 
 
 @pytest.mark.parametrize(

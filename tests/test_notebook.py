@@ -95,6 +95,12 @@ def test_the_notebook_on_data_runs_with_papermill(tmp_path):
     assert (tmp_path / "out" / "dropped_rows.jsonl").stat().st_size > 0
 
 
+def test_resume_without_a_checkpoint_is_one_line(tmp_path):
+    done = run("--output-dir", str(tmp_path / "run"), "--resume")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: --resume: no checkpoint in")
+
+
 @pytest.mark.slow
 def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
     done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_name=no/such-pairs")
@@ -102,6 +108,8 @@ def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
     assert "DataError: cannot load dataset 'no/such-pairs'" in done.stdout
     assert "Traceback" not in done.stderr
     saved = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
-    assert "An Exception was encountered at" in saved.cells[0].source  # links to the cell
+    assert "## The run failed in cell" in saved.cells[0].source
+    assert "DataError: cannot load dataset 'no/such-pairs'" in saved.cells[0].source
+    assert "An Exception was encountered at" in saved.cells[1].source  # links to the cell
     errors = [o for c in saved.cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert [error.ename for error in errors] == ["DataError"]

