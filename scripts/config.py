@@ -122,7 +122,8 @@ def load_config(
             for name, part in PARTS.items()
         }
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"{path.name}: {error}") from error
+        no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in str(error))
+        raise ConfigError(f"{path.name}: {error}{no_gpu}") from error
     return Config(**parts, given=given)
 
 

@@ -105,3 +105,9 @@ def test_a_mistake_on_the_command_line_is_one_line():
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: override: unknown key")
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_elsewhere_can_be_looked_at_without_its_gpu():
+    cfg = load_config("configs/llama3-8b-a100.yaml", elsewhere=True)
+    assert cfg.dpo.bf16
+    assert "use_cpu" not in cfg.given  # what the config itself says stays

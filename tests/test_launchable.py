@@ -46,6 +46,8 @@ def test_the_committed_launchable_is_valid_and_renders_the_repository(values, bo
     assert f"git clone --depth 1 {REPO} recipe" in command
     assert "bash scripts/setup.sh" in command
     assert "notebooks/llama3_dpo.ipynb" in command
+    config = compose["services"]["recipe"]["environment"]["DPO_CONFIG"]
+    assert (ROOT / config).is_file()  # what the notebook starts with there
     parameters = {p["name"]: p["required"] for p in body["buildRequest"]["parameters"]}
     assert parameters == {"HF_TOKEN": True, "WANDB_API_KEY": False}
     rules = body["createWorkspaceRequest"]["firewallRules"]

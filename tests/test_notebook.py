@@ -61,7 +61,7 @@ def test_the_notebook_runs_with_papermill(tmp_path):
     """The real default model, data and NF4; fewer steps, prompts and tokens."""
     small = {
         "max_steps": 3, "train_samples": 24, "eval_samples": 6, "eval_prompts": 4,
-        "max_new_tokens": 24, "report_to": "wandb",
+        "max_new_tokens": 24, "report_to": "wandb", "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
     options = [part for k, v in small.items() for part in ("--set", f"{k}={v}")]
     done = run("--output-dir", str(tmp_path / "run"), *options)
@@ -79,6 +79,10 @@ def test_the_notebook_runs_with_papermill(tmp_path):
     assert "step    3/3" in done.stdout
     executed = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
     assert not [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
+    again = run("--output-dir", str(tmp_path / "run"), *options, "--resume")
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert f"going on from {tmp_path / 'run' / 'checkpoint-2'}" in again.stdout
+    assert "step    3/3" in again.stdout and "step    2/3" not in again.stdout
 
 
 @pytest.mark.slow

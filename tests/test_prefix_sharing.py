@@ -462,17 +462,32 @@ def test_models_that_cannot_share_are_refused_by_name(tiny_cfg, tiny_llama3):
         PrefixSharedDPOTrainer(model=model, args=tiny_cfg().dpo, peft_config=prompts, **common)
 
 
-def test_other_llama_like_models_share_as_well():
-    """Mistral without its window: the head and the attention are looked up, not assumed."""
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+def test_other_llama_like_models_share_as_well(trained):
+    """Mistral without its window: head and attention are looked up, not assumed. A head that is
+    trained goes TRL's way, over the shared row."""
     torch.manual_seed(0)
-    model = tiny(MistralConfig, MistralForCausalLM, sliding_window=None).requires_grad_(False)
+    model = tiny(MistralConfig, MistralForCausalLM, sliding_window=None)
+    model.lm_head.requires_grad_(trained)
     collator = DataCollatorForPreference(pad_token_id=0)
     batch = collator(tokens([(5, 4, 7), (3, 8, 2)], vocabulary=99))
     batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
     add_fused_lm_head(model)
-    stock = model(**batch, fused_lm_head=True).log_probs
-    share_prefixes(model)
-    assert torch.allclose(model(**batch, fused_lm_head=True).log_probs, stock, atol=1e-5)
+    found = []
+    for shared in (False, True):
+        if shared:
+            share_prefixes(model)
+        model.zero_grad()
+        logps = model(**batch, fused_lm_head=True).log_probs
+        logps.square().sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((logps.detach(), grads))
+    (stock, one), (own, two) = found
+    assert torch.allclose(own, stock, atol=1e-5)
+    assert one.keys() == two.keys()
+    assert ("lm_head.weight" in one) == trained
+    for name, gradient in one.items():
+        assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.gpu
