@@ -162,18 +162,21 @@ def phases(
     head = 2 * CHUNK + 3 * 4 * CACHED + 3 * 2 * s.width * answers
     dense = 2 * s.width * s.ffn  # one matrix of a layer, dequantized
     passing = tokens * (3 * 2 * s.ffn + 4 * 2 * s.width) + dense  # of one layer at a time
-    weights = {k: kept[k] for k in ("linear layers", "embeddings, norms, head")}
+    sixteen = 2 * (s.quantized + s.other)
+    # On a CPU the pages of the file that the weights were read from count as the process's own; the
+    # system takes them back when it needs them.
+    file = {} if cuda else {"model file, mapped": sixteen}
+    weights = {k: kept[k] for k in ("linear layers", "embeddings, norms, head")} | file
     layer = tokens * layer_bytes(s) + attention_bytes(s, lengths, pairs, cuda)
     if cfg.dpo.activation_checkpointing or cfg.dpo.gradient_checkpointing:
         activations = s.layers * tokens * 2 * s.width + layer
     else:
         activations = s.layers * layer
-    sixteen = 2 * (s.quantized + s.other)
     return {
         "load": {"runtime": runtime, **weights, "on the way": 4 * s.vocabulary * s.width},
         "reference": {"runtime": runtime, **weights, "adapter": kept["adapter"],
                       "activations": passing, "logits chunk": head},
-        "step": {"runtime": runtime, **kept, "activations": activations,
+        "step": {"runtime": runtime, **kept, **file, "activations": activations,
                  "passing": passing, "logits chunk": head},
         "merge": {"runtime": runtime, "16-bit model": sixteen, "adapter": 2 * kept["adapter"]},
     }  # fmt: skip

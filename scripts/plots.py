@@ -286,7 +286,8 @@ def benchmark(results: dict) -> Figure:
             axis.margins(x=0.12)
             axis.set_title(title, loc="left")
             axis.grid(axis="y", visible=False)
-        axes[1].legend(loc="lower right")
+        handles, labels = axes[1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
         for axis, (what, found) in zip(axes[2:], growth.items(), strict=True):
             for name, (_, colour) in names.items():
                 runs = {c: r[name][0] for c, r in found.items() if "error" not in r[name][0]}
