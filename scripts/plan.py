@@ -31,7 +31,7 @@ from scripts.prefix_sharing import BLOCK, CACHED, CHUNK
 from scripts.quiet import quiet
 
 GB = 1024**3
-GPUS = ROOT / "configs" / "gpus.yaml"
+GPUS = ROOT / "configs" / "hardware" / "gpus.yaml"
 # Bytes an optimiser keeps for each trained parameter: two moments, in the parameter's own type
 # (0 here) unless it says otherwise.
 MOMENTS = {"paged_adamw_32bit": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
@@ -304,7 +304,7 @@ def report(cfg: Config, pairs: int, lengths: tuple[int, int, int] | None = None)
         lines += [
             f"\ntraining alone, pairs of {'/'.join(map(str, lengths or worst))} tokens, at "
             f"{gpus()['utilisation']:.0%} of each GPU's dense 16-bit rate\n"
-            "(an assumption, not a measurement; prices and rates: configs/gpus.yaml):",
+            "(an assumption, not a measurement; prices and rates: configs/hardware/gpus.yaml):",
             time_table(cfg, s, config, steps * size, lengths or worst).to_string(),
         ]
     return "\n".join(lines)

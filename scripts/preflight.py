@@ -27,6 +27,7 @@ from scripts.config import ROOT, Config, RecipeError, argument_parser, command, 
 from scripts.hub import hub_state
 from scripts.models import WHEELS
 from scripts.plan import architecture, needs, on_gpu, peak, shape
+from scripts.quiet import quiet
 from scripts.tracking import has_wandb_key
 
 GB = 1024**3
@@ -219,6 +220,7 @@ def show(found: list[Check], out: Callable[[str], None] = print) -> None:
 
 def main() -> None:
     cfg = config_from_args(argument_parser(__doc__).parse_args(), elsewhere=True)
+    quiet()
     code = 0
     try:
         show(preflight(cfg))

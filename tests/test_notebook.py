@@ -79,10 +79,11 @@ def test_the_notebook_runs_with_papermill(tmp_path):
     assert "step    3/3" in done.stdout
     executed = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
     assert not [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
-    again = run("--output-dir", str(tmp_path / "run"), *options, "--resume")
+    more = [*options, "--set", "max_steps=4", "--resume"]
+    again = run("--output-dir", str(tmp_path / "run"), *more)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert f"going on from {tmp_path / 'run' / 'checkpoint-2'}" in again.stdout
-    assert "step    3/3" in again.stdout and "step    2/3" not in again.stdout
+    assert f"going on from {tmp_path / 'run' / 'checkpoint-3'}" in again.stdout
+    assert "step    4/4" in again.stdout and "step    3/4" not in again.stdout
 
 
 @pytest.mark.slow
@@ -107,13 +108,13 @@ def test_resume_without_a_checkpoint_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
-    done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_name=no/such-pairs")
+    done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_format=orca")
     assert done.returncode == 1
-    assert "DataError: cannot load dataset 'no/such-pairs'" in done.stdout
+    assert "DataError: columns" in done.stdout and "fit no known format" in done.stdout
     assert "Traceback" not in done.stderr
     saved = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
     assert "## The run failed in cell" in saved.cells[0].source
-    assert "DataError: cannot load dataset 'no/such-pairs'" in saved.cells[0].source
+    assert "DataError: columns" in saved.cells[0].source
     assert "An Exception was encountered at" in saved.cells[1].source  # links to the cell
     errors = [o for c in saved.cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert [error.ename for error in errors] == ["DataError"]
