@@ -10,7 +10,6 @@ import time
 import pandas as pd
 import psutil
 import torch
-from transformers import TrainerCallback
 
 GB = 1024**3
 
@@ -34,21 +33,6 @@ def return_freed_memory() -> None:
     """Give the blocks that `keep_freed_memory` kept back to the system."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-class ReturnFreedMemory(TrainerCallback):
-    """Every few steps, give back what `keep_freed_memory` kept.
-
-    Batches differ in length, so that each step leaves its freed blocks in other places: without
-    this, what the process holds creeps up over a run, far past what a step needs.
-    """
-
-    def __init__(self, every: int = 8) -> None:
-        self.every = every
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step % self.every == 0:
-            return_freed_memory()
 
 
 class MemoryMonitor:

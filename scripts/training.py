@@ -25,7 +25,6 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl import DPOTrainer, get_peft_config
 
 from scripts.config import ROOT, Config, argument_parser, command, config_from_args
-from scripts.memory import ReturnFreedMemory
 from scripts.prefix_sharing import PrefixSharedDPOTrainer
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -55,8 +54,6 @@ def build_trainer(
     )
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
-    if cfg.dpo.device.type == "cpu":
-        trainer.add_callback(ReturnFreedMemory())
     trainer.add_callback(RunLog(cfg.run_dir / "metrics.jsonl"))
     return trainer
 

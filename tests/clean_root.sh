@@ -8,7 +8,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 if [[ ! -x "$root/usr/bin/python3" ]]; then
   debootstrap --variant=minbase --include=python3,python3-venv,git,ca-certificates \
-    stable "$root" ${DEBIAN_MIRROR:-}
+    stable "$root" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
 fi
 # What this machine knows of its network, and nothing else.
 cp /etc/resolv.conf "$root/etc/resolv.conf"

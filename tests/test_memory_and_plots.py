@@ -1,8 +1,6 @@
 """Memory is noted by phase, and the figures show the data they are given."""
 
 import mmap
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -10,7 +8,6 @@ import pytest
 from matplotlib import pyplot as plt
 
 from scripts import plots
-from scripts.config import ROOT
 from scripts.memory import MemoryMonitor
 
 
@@ -74,26 +71,3 @@ def test_concept_figures_draw_and_save(tmp_path):
     at_zero = np.argmin(abs(loss.get_xdata()))
     assert loss.get_ydata()[at_zero] == pytest.approx(np.log(2))
     assert push.get_ydata()[at_zero] == pytest.approx(0.5)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="is about glibc's heap")
-def test_freed_memory_is_given_back_every_few_steps():
-    """In a process of its own, whose heap nobody else has touched."""
-    code = """
-import psutil, torch
-from transformers import TrainerState
-from scripts.memory import ReturnFreedMemory, keep_freed_memory
-
-keep_freed_memory()
-blocks = [torch.ones(2_000_000) for _ in range(50)]  # 400 MB
-del blocks
-callback, rss = ReturnFreedMemory(every=4), lambda: psutil.Process().memory_info().rss / 1e6
-for step in (3, 4):
-    before = rss()
-    callback.on_step_end(None, TrainerState(global_step=step), None)
-    print(int(before - rss()))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    kept, given_back = map(int, done.stdout.split())
-    assert kept < 50
-    assert given_back > 300

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 
 from scripts.benchmark import parse_case, step_flops
 from scripts.config import ROOT, RecipeError, load_config
@@ -138,9 +137,7 @@ def test_a_cpu_plan_counts_this_process(tiny_cfg):
 
 
 def test_every_gpu_of_the_table_is_whole():
-    for name, gpu in yaml.safe_load((ROOT / "configs" / "hardware" / "gpus.yaml").read_text())[
-        "gpus"
-    ].items():
+    for name, gpu in gpus()["gpus"].items():
         assert set(gpu) == {"memory_gb", "tflops", "dollars_per_hour", "bf16"}, name
 
 
