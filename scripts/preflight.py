@@ -56,8 +56,8 @@ def gpu(cfg: Config) -> Iterator[Check]:
     if not torch.cuda.is_available():
         built = torch.version.cuda or "none: a CPU build of torch"
         yield Check(FAIL, "GPU", f"torch sees none (CUDA of this torch: {built})",
-                    "nvidia-smi must list one; else install the driver, or take the default "
-                    "config, which runs on a CPU")  # fmt: skip
+                    "nvidia-smi must list one, with a driver as new as that CUDA; or take the "
+                    "default config, which runs on a CPU")  # fmt: skip
         return
     properties = torch.cuda.get_device_properties(0)
     major, minor = properties.major, properties.minor
