@@ -266,6 +266,8 @@ def share_prefixes(model: PreTrainedModel, attention: str = "segments") -> None:
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         raise PrefixSharingError(f"prefix_sharing: sliding windows ({window}) are not supported")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise PrefixSharingError("prefix_sharing: capped attention scores are not supported")
     if config._attn_implementation not in ("sdpa", "eager", NAME):
         raise PrefixSharingError(
             f"prefix_sharing needs attn_implementation: sdpa, not {config._attn_implementation}"

@@ -439,6 +439,10 @@ def test_models_that_cannot_share_are_refused_by_name(tiny_cfg, tiny_llama3):
     with pytest.raises(PrefixSharingError, match=r"sliding windows \(16\)"):
         share_prefixes(tiny(MistralConfig, MistralForCausalLM, sliding_window=16))
     other = tiny(MistralConfig, MistralForCausalLM, sliding_window=None)
+    other.config.attn_logit_softcapping = 50.0
+    with pytest.raises(PrefixSharingError, match="capped attention scores"):
+        share_prefixes(other)
+    other.config.attn_logit_softcapping = None
     other.config._attn_implementation = "flash_attention_2"
     with pytest.raises(
         PrefixSharingError, match="attn_implementation: sdpa, not flash_attention_2"
