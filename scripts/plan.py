@@ -291,10 +291,11 @@ def report(cfg: Config, pairs: int, lengths: tuple[int, int, int] | None = None)
     steps = cfg.dpo.max_steps
     if steps <= 0:
         steps = -(-pairs * int(cfg.dpo.num_train_epochs) // size)
+    tokens = steps * size * sum(lengths or worst)
     lines = [
         f"model: {cfg.model.model_name_or_path}",
         f"parameters: {total:,}, trained {s.lora:,} ({s.lora / total:.2%})",
-        f"steps: {steps:,} of {size} pairs",
+        f"steps: {steps:,} of {size} pairs, {tokens / 1e6:,.1f} million tokens (prompts once)",
         f"\nmemory in GB on {'a GPU' if cuda else 'this CPU (resident memory)'}, pairs of "
         f"{prompt}/{chosen}/{rejected} tokens (prompt/chosen/rejected,\n"
         "as long as max_length allows):",
