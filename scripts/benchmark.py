@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -110,8 +111,11 @@ class StepTimer(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
-    """Train a few steps in this process; seconds a step, peak memory, and the matmul limit."""
+def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None) -> dict:
+    """Train a few steps in this process; seconds a step, peak memory, and the matmul limit.
+
+    `profiler` is a context that the steps run in.
+    """
     from scripts.data import load_preferences
     from scripts.models import load_model, load_tokenizer, resolve_model
     from scripts.training import RunLog, build_trainer
@@ -142,7 +146,8 @@ def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
     limit = matmul_limit(device, torch.bfloat16)
     before = peak_memory(device)
     batches = iter(model.get_train_dataloader())
-    model.train()
+    with profiler or nullcontext():
+        model.train()
     lengths = [lengths_of(next(batches)) for _ in range(steps)] if case == "data" else None
     if lengths is None:
         lengths = [np.tile([prompt, chosen, rejected], (size, 1))] * steps
@@ -164,6 +169,30 @@ def measure(config: str, overrides: dict, case: str, trainer: str) -> dict:
 def measured_steps(case: str) -> int:
     """Steps to measure in a process: real batches differ, random ones are all of a size."""
     return 3 if case == "data" else 1
+
+
+# Which of torch's operations belong together, by what their names begin with.
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot"),
+    "NF4 to 16 bits": ("bitsandbytes::dequantize", "bitsandbytes::gemm"),
+}
+
+
+def profile(config: str, overrides: dict, case: str) -> pd.Series:
+    """Where the time of a few steps with prefix sharing goes: shares by `GROUPS`, then the largest
+    of the other operations."""
+    profiler = torch.profiler.profile()
+    measure(config, overrides, case, "shared", profiler)
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(times.values())
+    shares = dict.fromkeys(GROUPS, 0.0)
+    for key in list(times):
+        for group, names in GROUPS.items():
+            if key.startswith(names):
+                shares[group] += times.pop(key, 0) / total
+    largest = sorted(times, key=times.get, reverse=True)[:8]
+    return pd.Series(shares | {key: times[key] / total for key in largest}).map("{:.1%}".format)
 
 
 def random_pairs(vocabulary: int, sizes: tuple[int, int, int], count: int) -> Dataset:
@@ -253,12 +282,16 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=CASES, help="P/C/RxPAIRS, or data")
     parser.add_argument("--repeats", type=int, default=3, help="processes a case and trainer")
     parser.add_argument("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"])
+    parser.add_argument("--profile", metavar="CASE", help="only profile prefix sharing on CASE")
     parser.add_argument("--no-growth", action="store_true", help="leave out how time grows")
     args = parser.parse_args()
     for case in args.cases:
         if case != "data":
             parse_case(case)
     overrides = parse_overrides(args.overrides)
+    if args.profile:
+        print(profile(args.config, overrides, args.profile).to_string())
+        return
     cfg = load_config(args.config, overrides)
     folder = Path(args.output_dir or "outputs/benchmark")
     results = {"machine": machine(cfg), "config": args.config, "cases": {}, "growth": {}}
