@@ -116,9 +116,7 @@ def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None
 
     `profiler` is a context that the steps run in.
     """
-    from scripts.data import load_preferences
-    from scripts.models import load_model, load_tokenizer, resolve_model
-    from scripts.training import RunLog, build_trainer
+    from scripts.training import RunLog
 
     steps = 1 + measured_steps(case)  # the first warms up
     values = {"prefix_sharing": TRAINERS[trainer], "max_steps": steps, "report_to": "none"}
@@ -128,18 +126,11 @@ def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None
         values |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
         values["max_length"] = prompt + max(chosen, rejected)
     cfg = load_config(config, values | overrides)
-    path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
-    tokenizer = load_tokenizer(path)
     if case == "data":
-        pairs = load_preferences(cfg, tokenizer)
+        model = make_trainer(cfg)
     else:
-        turns = [[{"role": r, "content": "Hm."}] for r in ("user", "assistant", "assistant")]
-        one = dict(zip(("prompt", "chosen", "rejected"), turns, strict=True))
-        pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([one])))
-    model = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
+        model = make_trainer(cfg, (prompt, chosen, rejected), size * steps)
     device = model.accelerator.device
-    if case != "data":
-        model.train_dataset = random_pairs(len(tokenizer), (prompt, chosen, rejected), size * steps)
     model.remove_callback(RunLog)
     timer = StepTimer(device)
     model.add_callback(timer)
@@ -164,6 +155,26 @@ def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None
         "limit_tflops": limit / 1e12,
         "seconds": timer.seconds,
     }
+
+
+def make_trainer(cfg: Config, sizes: tuple[int, int, int] | None = None, count: int = 0):
+    """The trainer of `cfg`, over its own pairs or `count` pairs of random tokens of `sizes`."""
+    from scripts.data import load_preferences
+    from scripts.models import load_model, load_tokenizer, resolve_model
+    from scripts.training import build_trainer
+
+    path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
+    tokenizer = load_tokenizer(path)
+    if sizes is None:
+        pairs = load_preferences(cfg, tokenizer)
+    else:  # something to be built with
+        turns = [[{"role": r, "content": "Hm."}] for r in ("user", "assistant", "assistant")]
+        one = dict(zip(("prompt", "chosen", "rejected"), turns, strict=True))
+        pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([one])))
+    trainer = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
+    if sizes is not None:
+        trainer.train_dataset = random_pairs(len(tokenizer), sizes, count)
+    return trainer
 
 
 def measured_steps(case: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -200,9 +201,6 @@ def fit(cfg: Config, s: Shape, gpu: dict) -> tuple[bool, str]:
     def top(c: Config) -> dict[str, float]:
         return {k: peak(v) for k, v in phases(c, s, worst_lengths(c), True, runtime).items()}
 
-    def with_dpo(c: Config, **values) -> Config:
-        return replace(c, dpo=_changed(c.dpo, values))
-
     if not gpu["bf16"] and cfg.dpo.bf16:
         return False, "no bfloat16: bf16: false, fp16: true, dtype: float16"
     needed = top(cfg)
@@ -210,27 +208,19 @@ def fit(cfg: Config, s: Shape, gpu: dict) -> tuple[bool, str]:
         return True, ""
     if max(v for k, v in needed.items() if k != "merge") <= room:
         return True, "merge in main memory: scripts.export --set use_cpu=true"
-    tries, trial = [], cfg
-    steps = [{"activation_checkpointing": True}, {"per_device_train_batch_size": 1}]
-    steps += [{"max_length": n} for n in (1024, 768, 512, 256) if n < (cfg.dpo.max_length or 9999)]
-    for step in steps:
-        trial = with_dpo(trial, **step)
-        tries += [f"{k}: {str(v).lower()}" for k, v in step.items()]
-        if "max_length" in step:
-            tries = [t for t in tries if not t.startswith("max_length")] + tries[-1:]
+    changes, trial = {}, cfg
+    steps = [("activation_checkpointing", True), ("per_device_train_batch_size", 1)]
+    steps += [("max_length", n) for n in (1024, 768, 512, 256) if n < (cfg.dpo.max_length or 9999)]
+    for name, value in steps:
+        if getattr(cfg.dpo, name) == value:
+            continue  # the config has it already
+        # A copy, since building the arguments anew resets accelerate's state.
+        trial = replace(trial, dpo=copy(trial.dpo))
+        setattr(trial.dpo, name, value)
+        changes[name] = str(value).lower()
         if max(v for k, v in top(trial).items() if k != "merge") <= room:
-            return False, ", ".join(tries)
+            return False, ", ".join(f"{k}: {v}" for k, v in changes.items())
     return False, "not by these means"
-
-
-def _changed(dpo, values: dict):
-    """`dpo` with other values, without building it anew: that resets accelerate's state."""
-    from copy import copy
-
-    dpo = copy(dpo)
-    for name, value in values.items():
-        setattr(dpo, name, value)
-    return dpo
 
 
 def on_gpu(cfg: Config) -> bool:

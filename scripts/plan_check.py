@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import Dataset, DatasetDict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts.benchmark import random_pairs
+from scripts.benchmark import make_trainer
 from scripts.config import ROOT, RecipeError, load_config
 from scripts.memory import MemoryMonitor
-from scripts.models import load_model, load_tokenizer, resolve_model
+from scripts.models import load_tokenizer, resolve_model
 from scripts.plan import peak, phases, process_gb, shape, worst_lengths
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"
@@ -58,16 +57,8 @@ def settings(model: str, rank: int, length: int) -> dict:
 
 def measure(values: dict) -> float:
     """Train two steps in this process; the most resident memory while they ran, in GB."""
-    from scripts.training import build_trainer
-
     cfg = load_config(CONFIG, values)
-    path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
-    tokenizer = load_tokenizer(path)
-    turns = [[{"role": r, "content": "Hm."}] for r in ("user", "assistant", "assistant")]
-    one = dict(zip(("prompt", "chosen", "rejected"), turns, strict=True))
-    pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([one])))
-    trainer = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
-    trainer.train_dataset = random_pairs(len(tokenizer), worst_lengths(cfg), 2 * PAIRS)
+    trainer = make_trainer(cfg, worst_lengths(cfg), 2 * PAIRS)
     monitor = MemoryMonitor(interval=0.02)
     monitor.phase("step")
     trainer.train()

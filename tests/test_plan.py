@@ -104,6 +104,8 @@ def test_the_8b_run_fits_where_it_should(llama):
     )
     assert not fits
     assert change.startswith("activation_checkpointing: true")
+    tight = gpus()["gpus"]["L4"] | {"memory_gb": 7.9}
+    assert fit(cfg, s, tight) == (False, "per_device_train_batch_size: 1")  # it checkpoints already
 
 
 def test_parts_add_up_to_the_peak(llama):
