@@ -1,0 +1,132 @@
+"""The commands, their options, and how they end. No library is loaded here.
+
+    python -m scripts            # lists the commands
+
+A command's file asks for its options before it imports torch and the rest, so `--help` and a
+mistyped option are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = "configs/smollm2-135m-cpu.yaml"
+
+# What `python -m scripts` lists; every entry but the last also has its options here.
+COMMANDS = {
+    "run": "execute the notebook headless and print what came of it",
+    "preflight": "check in seconds what would otherwise fail after a long download",
+    "plan": "memory, fit, time and cost of a run, from its config alone",
+    "model": "say where the model comes from; for the default, fetch and convert it once",
+    "data": "look at preference pairs, check them, or build your own",
+    "training": "train the adapter and save it",
+    "evaluate": "measure a finished run's tuned model against its base model",
+    "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
+    "benchmark": "time and memory of a DPO step against TRL's own trainer",
+    "launchable": "check, render, create and update the Brev launchable",
+}
+
+
+class RecipeError(Exception):
+    """Something the user can put right; its one line says what, where and how."""
+
+
+def command(main: Callable[..., None], *arguments) -> None:
+    """Run `main` as a program: a `RecipeError` ends it with its one line and exit code 1."""
+    try:
+        main(*arguments)
+    except RecipeError as error:
+        sys.exit(f"error: {error}")
+
+
+def argument_parser(name: str, **more) -> argparse.ArgumentParser:
+    """A parser with the options that every command over a config shares."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m scripts.{name}",
+        description=(COMMANDS.get(name.split()[0]) or "").capitalize() + ".",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        **more,
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the run's YAML file")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="replace a value of the config; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--output-dir", help="the run folder (default: the config's)")
+    return parser
+
+
+def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command `name`, from `arguments` or the command line.
+
+    `data` and `plan` have actions of their own, a first word with options of its own; the
+    namespace names it as `action`.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    default, actions = ACTIONS.get(name, ("", ()))
+    action = default
+    if words and words[0] in actions:
+        action, *words = words
+    full_name = f"{name} {action}" if action != default else name
+    parser = argument_parser(full_name)
+    if actions and action == default:
+        parser.usage = f"python -m scripts.{name} [{' | '.join(actions)}] [options]"
+    if add := OPTIONS.get(full_name):
+        add(parser)
+    options = parser.parse_args(words)
+    options.action = action
+    return options
+
+
+# The action that goes without saying, and all there are.
+ACTIONS = {"data": ("look", ("look", "check", "build")), "plan": ("run", ("run", "validate"))}
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pairs", type=int, help="training pairs (default: train_samples)")
+    parser.add_argument("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time")
+
+
+def _build(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
+    add("--out", type=Path, default=Path("outputs/pairs"), help="folder to fill")
+    add("--samples", default="plain=4,brief=2,accurate=2", help="answers by style")
+    add("--max-new-tokens", type=int, default=192, help="cap on an answer")
+    add("--temperature", type=float, default=0.7, help="0 is greedy, 1 the model's own")
+    add("--top-p", type=float, default=0.9, help="sample from the likeliest tokens of this share")
+    add("--batch-size", type=int, default=64, help="answers sampled at a time")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--backend", choices=["auto", "transformers", "vllm"], default="auto",
+        help="auto: vLLM where it is installed and there is a GPU")  # fmt: skip
+    add("--judge", choices=["rule", "reward", "endpoint"], default="rule", help="who pairs them")
+    add("--judge-model", help="the reward model, or the endpoint's model")
+    add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
+    add("--pairs-per-prompt", type=int, default=1, help="endpoint: at most so many")
+    add("--least-gap", type=float, default=0.0, help="reward: nearer is a tie")
+
+
+def _benchmark(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
+    add("--repeats", type=int, default=3, help="processes a case and trainer")
+    add("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"],
+        help="how the weights are held")  # fmt: skip
+    add("--profile", metavar="CASE", help="only profile prefix sharing on CASE")
+    add("--no-growth", action="store_true", help="leave out how time grows")
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "run": _run,
+    "plan": _plan,
+    "data build": _build,
+    "benchmark": _benchmark,
+}
