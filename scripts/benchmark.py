@@ -9,6 +9,12 @@ repeats the median counts. It takes about half an hour on two cores, prints a ta
 
 from __future__ import annotations
 
+from scripts import cli
+
+if __name__ == "__main__":
+    ARGS = cli.parse("benchmark")  # before the libraries load, so that --help is answered at once
+
+import argparse
 import json
 import resource
 import subprocess
@@ -21,18 +27,15 @@ from statistics import median
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset, DatasetDict
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import TrainerCallback
 
-from scripts.config import (
-    ROOT,
-    Config,
-    RecipeError,
-    argument_parser,
-    command,
-    load_config,
-    parse_overrides,
-)
+from scripts import plots
+from scripts.config import ROOT, Config, load_config, parse_overrides
+from scripts.monitoring.steps import RunLog
+from scripts.planning.flops import step_flops
+from scripts.planning.lengths import lengths_of, parse_case
+from scripts.planning.trial import trial_trainer
+from scripts.training import assemble
 
 # Tokens of prompt / chosen / rejected, and pairs at a time.
 CASES = ["60/80/160x8", "256/100/200x4", "512/128/256x2", "1024/256/256x1", "data"]
@@ -41,41 +44,6 @@ GROWTH = {
     "pairs": ["128/100/100x1", "128/100/100x2", "128/100/100x4", "128/100/100x8"],
 }
 TRAINERS = {"trl": False, "shared": True}
-
-
-def parse_case(case: str) -> tuple[int, int, int, int]:
-    """`"512/128/256x2"` as tokens of prompt, chosen and rejected, and pairs at a time."""
-    try:
-        sizes, pairs = case.split("x")
-        prompt, chosen, rejected = map(int, sizes.split("/"))
-        return prompt, chosen, rejected, int(pairs)
-    except ValueError:
-        raise RecipeError(f"a case is prompt/chosen/rejectedxpairs or data, got {case!r}") from None
-
-
-def step_flops(config: PretrainedConfig, lengths: np.ndarray, lora: int) -> float:
-    """Floating-point operations that a DPO step on these pairs cannot do without.
-
-    `lengths` is (pairs, 3), tokens of prompt, chosen and rejected; `lora` the adapter's parameters.
-    A product of (m, k) with (k, n) is 2 m k n. Each token of prompt, chosen and rejected counts
-    once, in three passes: policy forward, gradients of the activations, reference forward; the
-    adapter in forward and two backward products; attention over visible pairs of tokens only, its
-    backward twice its forward; the head on answer tokens, in the same three passes.
-    """
-    width, layers = config.hidden_size, config.num_hidden_layers
-    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    inner = config.num_attention_heads * head_size
-    keys = config.num_key_value_heads * head_size
-    body = layers * (2 * width * inner + 2 * width * keys + 3 * width * config.intermediate_size)
-    prompt, chosen, rejected = lengths.astype(float).T
-    tokens, answers = (prompt + chosen + rejected).sum(), (chosen + rejected).sum()
-    first = prompt + chosen
-    visible = (first * (first + 1) / 2 + rejected * prompt + rejected * (rejected + 1) / 2).sum()
-    return (
-        3 * 2 * (body + lora) * tokens
-        + 4 * layers * 4 * inner * visible
-        + 3 * 2 * width * config.vocab_size * answers
-    )
 
 
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
@@ -116,8 +84,6 @@ def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None
 
     `profiler` is a context that the steps run in.
     """
-    from scripts.training import RunLog
-
     steps = 1 + measured_steps(case)  # the first warms up
     values = {"prefix_sharing": TRAINERS[trainer], "max_steps": steps, "report_to": "none"}
     values |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 100}
@@ -127,9 +93,9 @@ def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None
         values["max_length"] = prompt + max(chosen, rejected)
     cfg = load_config(config, values | overrides)
     if case == "data":
-        model = make_trainer(cfg)
+        model = assemble(cfg).trainer
     else:
-        model = make_trainer(cfg, (prompt, chosen, rejected), size * steps)
+        model = trial_trainer(cfg, (prompt, chosen, rejected), size * steps)
     device = model.accelerator.device
     model.remove_callback(RunLog)
     timer = StepTimer(device)
@@ -155,26 +121,6 @@ def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None
         "limit_tflops": limit / 1e12,
         "seconds": timer.seconds,
     }
-
-
-def make_trainer(cfg: Config, sizes: tuple[int, int, int] | None = None, count: int = 0):
-    """The trainer of `cfg`, over its own pairs or `count` pairs of random tokens of `sizes`."""
-    from scripts.data import load_preferences
-    from scripts.models import load_model, load_tokenizer, resolve_model
-    from scripts.training import build_trainer
-
-    path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
-    tokenizer = load_tokenizer(path)
-    if sizes is None:
-        pairs = load_preferences(cfg, tokenizer)
-    else:  # something to be built with
-        turns = [[{"role": r, "content": "Hm."}] for r in ("user", "assistant", "assistant")]
-        one = dict(zip(("prompt", "chosen", "rejected"), turns, strict=True))
-        pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([one])))
-    trainer = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
-    if sizes is not None:
-        trainer.train_dataset = random_pairs(len(tokenizer), sizes, count)
-    return trainer
 
 
 def measured_steps(case: str) -> int:
@@ -204,25 +150,6 @@ def profile(config: str, overrides: dict, case: str) -> pd.Series:
                 shares[group] += times.pop(key, 0) / total
     largest = sorted(times, key=times.get, reverse=True)[:8]
     return pd.Series(shares | {key: times[key] / total for key in largest}).map("{:.1%}".format)
-
-
-def random_pairs(vocabulary: int, sizes: tuple[int, int, int], count: int) -> Dataset:
-    """Pairs of random tokens, as TRL's trainer has them after tokenising."""
-    random = np.random.default_rng(0)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows = [
-        {k: random.integers(0, vocabulary, n).tolist() for k, n in zip(names, sizes, strict=True)}
-        for _ in range(count)
-    ]
-    return Dataset.from_list(rows)
-
-
-def lengths_of(batch: dict) -> np.ndarray:
-    """Tokens of prompt, chosen and rejected of a batch of TRL's collator, (pairs, 3)."""
-    answers = batch["completion_mask"].sum(1).cpu().numpy()
-    whole = batch["attention_mask"].sum(1).cpu().numpy()
-    half = len(answers) // 2
-    return np.stack([(whole - answers)[:half], answers[:half], answers[half:]], axis=1)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -283,19 +210,11 @@ def machine(cfg: Config) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(measure(*json.loads(sys.argv[2]))))
+def main(args: argparse.Namespace) -> None:
+    if args.child:
+        print(json.dumps(measure(*json.loads(args.child))))
         return
-    from scripts import plots
-
-    parser = argument_parser(__doc__)
-    parser.add_argument("--cases", nargs="*", default=CASES, help="P/C/RxPAIRS, or data")
-    parser.add_argument("--repeats", type=int, default=3, help="processes a case and trainer")
-    parser.add_argument("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"])
-    parser.add_argument("--profile", metavar="CASE", help="only profile prefix sharing on CASE")
-    parser.add_argument("--no-growth", action="store_true", help="leave out how time grows")
-    args = parser.parse_args()
+    args.cases = args.cases or CASES
     for case in args.cases:
         if case != "data":
             parse_case(case)
@@ -329,4 +248,4 @@ def save(results: dict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main, ARGS)

@@ -122,6 +122,7 @@ def _benchmark(parser: argparse.ArgumentParser) -> None:
         help="how the weights are held")  # fmt: skip
     add("--profile", metavar="CASE", help="only profile prefix sharing on CASE")
     add("--no-growth", action="store_true", help="leave out how time grows")
+    add("--child", help=argparse.SUPPRESS)  # one measurement, in a process of its own
 
 
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from trl import DPOConfig, ModelConfig, ScriptArguments
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class RecipeError(Exception):
-    """Something the user can mend; its one line says what, where and how."""
+from scripts.cli import ROOT, RecipeError
 
 
 class ConfigError(RecipeError):
@@ -37,13 +32,13 @@ class ConfigError(RecipeError):
 class RecipeArguments:
     """What the recipe needs beyond TRL's own arguments."""
 
-    dataset_format: str = "auto"  # told by the columns; or the name of one of formats.FORMATS
+    dataset_format: str = "auto"  # by the columns; or the name of one of formats.FORMATS
     dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
     on_bad_rows: typing.Literal["error", "drop"] = "drop"  # dropped ones are written down
     train_samples: int | None = None  # use this many training pairs (None: all of them)
     eval_samples: int | None = None  # likewise for the held-out pairs
     test_split_size: float = 0.02  # share held out when the data has no test split of its own
-    prefix_sharing: bool = True  # run each prompt once (scripts/prefix_sharing.py), not TRL's way
+    prefix_sharing: bool = True  # run each prompt once (scripts/sharing), not TRL's way
     prefix_attention: typing.Literal["segments", "mask", "flex"] = "segments"
     max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
     generation_batch_size: int = 16
@@ -67,6 +62,11 @@ class Config:
         """The folder that everything this run makes goes into."""
         return Path(self.dpo.output_dir)
 
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process is the one that writes, prints and logs: the first, or the only."""
+        return self.dpo.process_index == 0
+
     def save(self, path: Path) -> None:
         """Write the config so that `load_config(path)` gives this run again."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,12 +89,12 @@ HINTS: dict[str, Any] = {
 
 
 def load_config(
-    path: str | Path, overrides: dict[str, Any] | None = None, *, elsewhere: bool = False
+    path: str | Path, overrides: dict[str, Any] | None = None, *, may_lack_gpu: bool = False
 ) -> Config:
     """Read the YAML file `path`, apply `overrides`, and build the run's arguments.
 
-    `elsewhere` is for looking at a run that another machine will do: transformers refuses a GPU's
-    arguments where there is no GPU. What the config itself says stays in `given`.
+    With `may_lack_gpu` a config for a GPU is read on a machine without one, to plan or check a run
+    that another machine will do. What the config itself says stays in `given`.
 
     Raises:
         ConfigError: the file is missing or is no mapping, a key is unknown (the message names the
@@ -115,7 +115,7 @@ def load_config(
     given = {key: _checked(path.name, key, value) for key, value in values.items()}
     given |= {key: _checked("override", key, value) for key, value in (overrides or {}).items()}
     given.setdefault("output_dir", f"outputs/{path.stem}")
-    values = given | {"use_cpu": True} if elsewhere and not torch.cuda.is_available() else given
+    values = given | {"use_cpu": True} if may_lack_gpu and not torch.cuda.is_available() else given
     try:
         parts = {
             name: part(**{k: v for k, v in values.items() if k in _field_names(part)})
@@ -160,32 +160,9 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every `python -m scripts.<name>` shares."""
-    parser = argparse.ArgumentParser(
-        description=(description or "").strip().split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--config", default="configs/smollm2-135m-cpu.yaml", help="the run's YAML")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--output-dir", help="the run folder (default: the config's)")
-    return parser
-
-
-def config_from_args(args: argparse.Namespace, *, elsewhere: bool = False) -> Config:
-    """The `Config` that the shared options ask for, perhaps for a run `elsewhere`."""
+def config_from_args(args: argparse.Namespace, *, may_lack_gpu: bool = False) -> Config:
+    """The `Config` that a command's options ask for; `may_lack_gpu` as in `load_config`."""
     overrides = parse_overrides(args.overrides)
     if args.output_dir:
         overrides["output_dir"] = args.output_dir
-    return load_config(args.config, overrides, elsewhere=elsewhere)
-
-
-def command(main: Callable[[], None]) -> None:
-    """Run `main` as a program: a `RecipeError` ends it with its one line and exit code 1."""
-    try:
-        main()
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+    return load_config(args.config, overrides, may_lack_gpu=may_lack_gpu)

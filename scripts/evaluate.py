@@ -7,11 +7,16 @@ repeats the evaluation of a finished run from its saved adapter.
 
 from __future__ import annotations
 
+from scripts import cli
+
+if __name__ == "__main__":
+    ARGS = cli.parse("evaluate")  # before the libraries load, so that --help is answered at once
+
+import argparse
 import html
 import json
-import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +24,14 @@ import pandas as pd
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from scripts.config import Config, argument_parser, command, config_from_args
-from scripts.textstats import fact_recall, repeated_ngram_share
+from scripts.adapter import load_adapter, require_adapter
+from scripts.config import Config, config_from_args
+from scripts.generation import generate_replies
+from scripts.measures.statistics import bootstrap
+from scripts.measures.text import fact_recall, repeated_ngram_share
+from scripts.training import assemble
 
 # What is measured: how it is called in the table, and whether more or less of it is better.
 MEASURES = {
@@ -33,71 +41,6 @@ MEASURES = {
     "base_nll": "base-model loss per token",
     "facts": "key facts mentioned",
 }
-
-
-@dataclass
-class Reply:
-    """One generated reply; `ids` ends with the end-of-turn token if the model `finished`."""
-
-    text: str
-    ids: list[int]
-    finished: bool
-
-    @property
-    def length(self) -> int:
-        """Tokens of the answer, the end of turn not counted."""
-        return len(self.ids) - self.finished
-
-
-@torch.no_grad()
-def generate_replies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    label: str | None = "replies",
-    **sampling: float,
-) -> list[Reply]:
-    """Reply to each prompt (a list of messages), in the prompts' order.
-
-    Greedy, so that a difference is the model's and not the dice's; unless `sampling` has a
-    `temperature` and `top_p`. Prompts are batched by length and padded on the left. `label` heads
-    the lines that tell how far it is (None: no lines).
-    """
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    how = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=bool(sampling), use_cache=True,
-        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
-        **({"top_k": 0} | sampling if sampling else {}),
-    )  # fmt: skip
-    texts = [
-        tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    replies: dict[int, Reply] = {}
-    training, start = model.training, time.monotonic()
-    model.eval()
-    for at in range(0, len(order), batch_size):
-        batch = order[at : at + batch_size]
-        inputs = tokenizer(
-            [texts[i] for i in batch], return_tensors="pt", padding=True, padding_side="left",
-            add_special_tokens=False,  # the template has written them already
-        ).to(model.device)  # fmt: skip
-        output = model.generate(**inputs, generation_config=how)
-        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            end = next((n for n, token in enumerate(ids) if token in stops), None)
-            ids = ids if end is None else ids[: end + 1]
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            replies[i] = Reply(text, ids, end is not None)
-        seconds = time.monotonic() - start
-        if label:
-            print(f"{label}: {len(replies)}/{len(texts)} replies, {seconds:.0f} s", flush=True)
-    model.train(training)
-    return [replies[i] for i in range(len(texts))]
 
 
 @torch.no_grad()
@@ -121,8 +64,8 @@ def pair_logps(
     for at in range(0, len(order), size):
         batch = collate([rows[i] for i in order[at : at + size]])
         batch = send_to_device(batch, trainer.accelerator.device)
-        found = {}
-        found["ref_chosen"], found["ref_rejected"] = trainer.compute_ref_log_probs(model, batch)
+        ref_chosen, ref_rejected = trainer.compute_ref_log_probs(model, batch)
+        logps_of = {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
         if policy:
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
             with trainer.accelerator.autocast():
@@ -132,8 +75,8 @@ def pair_logps(
                     labels=labels,
                     fused_lm_head=True,  # TRL's: log-probabilities without the full logits
                 ).log_probs.sum(1)
-            found["chosen"], found["rejected"] = logps.chunk(2)
-        for name, value in found.items():
+            logps_of["chosen"], logps_of["rejected"] = logps.chunk(2)
+        for name, value in logps_of.items():
             sums.setdefault(name, []).append(value.float().cpu())
     model.train(training)
     back = np.argsort(order)
@@ -149,19 +92,6 @@ def implicit_rewards(logps: dict[str, np.ndarray], beta: float) -> tuple[np.ndar
         beta * (logps["chosen"] - logps["ref_chosen"]),
         beta * (logps["rejected"] - logps["ref_rejected"]),
     )
-
-
-def bootstrap(
-    values: np.ndarray, other: np.ndarray | None = None, draws: int = 10_000, seed: int = 0
-) -> dict[str, float]:
-    """Mean of `values` (minus that of `other`, paired) with its bootstrap 95% interval.
-
-    The percentile method: prompts are drawn again with replacement, both models' values together.
-    """
-    values = np.asarray(values, float) - (0 if other is None else np.asarray(other, float))
-    picks = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.DataFrame]:
@@ -303,24 +233,15 @@ def side_by_side(frame: pd.DataFrame, rows: int = 6, clip: int = 400) -> str:
     return f"<table><thead>{head}</thead><tbody>{''.join(cells)}</tbody></table>"
 
 
-def main() -> None:
-    from scripts.data import load_preferences
-    from scripts.export import load_adapter, require_adapter
-    from scripts.models import load_model, load_tokenizer, resolve_model
-    from scripts.training import build_trainer
-
-    cfg = config_from_args(argument_parser(__doc__).parse_args())
+def main(args: argparse.Namespace) -> None:
+    cfg = config_from_args(args)
     adapter = require_adapter(cfg)
-    path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
-    print(where)
-    tokenizer = load_tokenizer(path, cfg.model.model_revision)
-    pairs = load_preferences(cfg, tokenizer)
-    trainer = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
-    load_adapter(trainer.model, adapter)
-    figures, frame = evaluate(trainer, cfg, pairs["test"])
+    run = assemble(cfg)
+    load_adapter(run.trainer.model, adapter)
+    figures, frame = evaluate(run.trainer, cfg, run.pairs["test"])
     save_evaluation(figures, frame, cfg.run_dir)
     print(evaluation_table(figures).to_string())
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main, ARGS)

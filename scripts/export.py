@@ -7,51 +7,30 @@ merges the saved adapter of a finished run.
 
 from __future__ import annotations
 
+from scripts import cli
+
+if __name__ == "__main__":
+    ARGS = cli.parse("export")  # before the libraries load, so that --help is answered at once
+
+import argparse
 import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOTrainer
 
-from scripts.config import Config, RecipeError, argument_parser, command, config_from_args
-from scripts.models import free_memory
+from scripts.adapter import require_adapter
+from scripts.config import Config, RecipeError, config_from_args
+from scripts.data import load_preferences
+from scripts.model import free_memory, load_tokenizer, resolve_model
+from scripts.pairs.tokens import tokenize_pairs
 
 NOISE = 0.01  # nats a token: a merge this close is as good as 16-bit arithmetic can tell
 
 
 class MergeError(RecipeError):
     """The merged model does not say what base plus adapter says."""
-
-
-def save_adapter(trainer: DPOTrainer, cfg: Config) -> Path:
-    """Save adapter and tokenizer into the run's `adapter/`: all that training made."""
-    target = cfg.run_dir / "adapter"
-    trainer.model.save_pretrained(target)
-    trainer.processing_class.save_pretrained(target)
-    return target
-
-
-def require_adapter(cfg: Config) -> Path:
-    """The run's saved adapter.
-
-    Raises:
-        RecipeError: the run has none yet.
-    """
-    adapter = cfg.run_dir / "adapter"
-    if not adapter.is_dir():
-        raise RecipeError(
-            f"no adapter in {cfg.run_dir}; train first, or give the run's config.yaml"
-        )
-    return adapter
-
-
-def load_adapter(model: PeftModel, adapter: Path) -> None:
-    """Put saved adapter weights into `model`'s own adapter, in place."""
-    outcome = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
-    if outcome.unexpected_keys:
-        raise RecipeError(f"{adapter} does not fit this model: {outcome.unexpected_keys[:3]}")
 
 
 def _load_16bit(cfg: Config, path: str | Path) -> PreTrainedModel:
@@ -113,8 +92,8 @@ def merge_adapter(
     del model, merged
     free_memory()
     reloaded = _load_16bit(cfg, trial)
-    found = completion_logps(reloaded, rows)
-    report = {"effect": _mean_gap(adapted, plain), "error": _mean_gap(found, adapted)}
+    again = completion_logps(reloaded, rows)
+    report = {"effect": _mean_gap(adapted, plain), "error": _mean_gap(again, adapted)}
     if not report["error"] <= max(0.1 * report["effect"], NOISE):
         shutil.rmtree(trial)
         raise MergeError(
@@ -131,32 +110,17 @@ def _mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return (torch.cat(a) - torch.cat(b)).abs().mean().item()
 
 
-def main() -> None:
-    from scripts.data import load_preferences
-    from scripts.models import load_tokenizer, resolve_model
-
-    cfg = config_from_args(argument_parser(__doc__).parse_args())
+def main(args: argparse.Namespace) -> None:
+    cfg = config_from_args(args)
     adapter = require_adapter(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     test = load_preferences(cfg, tokenizer)["test"]
-    rows = tokenised(test.select(range(min(8, len(test)))), tokenizer)
+    rows = tokenize_pairs(test.select(range(min(8, len(test)))).to_list(), tokenizer)
     target, _, report = merge_adapter(cfg, path, adapter, tokenizer, rows)
     print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")
     print(f"merging {report['error']:.4f})")
 
 
-def tokenised(pairs, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """`prompt_ids` and `chosen_ids` of conversational pairs, as the trainer makes them."""
-    rows = []
-    for pair in pairs:
-        prompt = tokenizer.apply_chat_template(
-            pair["prompt"], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        whole = tokenizer.apply_chat_template(pair["prompt"] + pair["chosen"], return_dict=True)
-        rows.append({"prompt_ids": prompt, "chosen_ids": whole["input_ids"][len(prompt) :]})
-    return rows
-
-
 if __name__ == "__main__":
-    command(main)
+    cli.command(main, ARGS)

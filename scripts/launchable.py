@@ -21,7 +21,7 @@ import requests
 import yaml
 from jsonschema import Draft202012Validator
 
-from scripts.config import ROOT, RecipeError, command
+from scripts.cli import ROOT, RecipeError, command
 
 FILE = ROOT / "brev-launchable.yaml"
 SCHEMA = ROOT / "configs" / "brev-launchable.schema.json"

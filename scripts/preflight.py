@@ -2,12 +2,18 @@
 
     python -m scripts.preflight --config configs/llama3-8b-a100.yaml
 
-One line a check: ok, warn or FAIL, with the cure. Exit code 1 if anything fails. Nothing is
+One line a check: ok, warn or FAIL, with the fix. Exit code 1 if anything fails. Nothing is
 downloaded; the network is asked in parallel and given a few seconds.
 """
 
 from __future__ import annotations
 
+from scripts import cli
+
+if __name__ == "__main__":
+    ARGS = cli.parse("preflight")  # before the libraries load, so that --help is answered at once
+
+import argparse
 import os
 import shutil
 import sys
@@ -23,12 +29,13 @@ import requests
 import torch
 from huggingface_hub import HfApi, constants, get_token
 
-from scripts.config import ROOT, Config, RecipeError, argument_parser, command, config_from_args
-from scripts.hub import hub_state
-from scripts.models import WHEELS
-from scripts.plan import architecture, needs, on_gpu, peak, shape
-from scripts.quiet import quiet
-from scripts.tracking import has_wandb_key
+from scripts.config import ROOT, Config, RecipeError, config_from_args
+from scripts.login import hub_state
+from scripts.model import WHEELS
+from scripts.monitoring.quiet import quiet
+from scripts.monitoring.tracking import has_wandb_key
+from scripts.planning.hardware import needs, on_gpu
+from scripts.planning.memory import architecture, peak, shape
 
 GB = 1024**3
 PATIENCE = 15  # seconds for all that is asked of the network
@@ -36,12 +43,12 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 
 
 class Check(NamedTuple):
-    """One line: how it stands, what was looked at, what was found, and the cure if any."""
+    """One line: how it stands, what was looked at, the finding, and the fix if any."""
 
     status: str
     what: str
-    found: str
-    cure: str = ""
+    finding: str
+    fix: str = ""
 
 
 class PreflightError(RecipeError):
@@ -61,11 +68,11 @@ def gpu(cfg: Config) -> Iterator[Check]:
         return
     properties = torch.cuda.get_device_properties(0)
     major, minor = properties.major, properties.minor
-    told = f"{properties.name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
-    yield Check(OK, "GPU", told)
+    finding = f"{properties.name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
+    yield Check(OK, "GPU", finding)
     if cfg.dpo.bf16 and major < 8:
-        cure = "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true"
-        yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}", cure)
+        fix = "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true"
+        yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}", fix)
 
 
 def memory(cfg: Config) -> Iterator[Check]:
@@ -89,22 +96,22 @@ def memory(cfg: Config) -> Iterator[Check]:
     ):
         there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         room = shutil.disk_usage(there).free / GB
-        told = f"{room:.0f} GB free, up to {need:.1f} GB needed"
-        fits, cure = room > need, "free some, or set HF_HOME / output_dir elsewhere"
-        yield Check(OK if fits else FAIL, what, told, "" if fits else cure)
+        finding = f"{room:.0f} GB free, up to {need:.1f} GB needed"
+        fits, fix = room > need, "free some, or set HF_HOME / output_dir to another disk"
+        yield Check(OK if fits else FAIL, what, finding, "" if fits else fix)
 
 
 def _room(needed: dict[str, float], cuda: bool) -> Check:
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     phase = max(needed, key=needed.get)
-    told = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
+    finding = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
     # A step is planned to a tenth; over many of them a CPU's heap comes to hold half as much again.
     spare = 1.1 if cuda else 1.5
     status = (
         OK if needed[phase] * spare < free / GB else WARN if needed["step"] < free / GB else FAIL
     )
-    cure = "" if status == OK else "python -m scripts.plan names the first change that would fit"
-    return Check(status, "GPU memory" if cuda else "memory", told, cure)
+    fix = "" if status == OK else "python -m scripts.plan names the first change that would fit"
+    return Check(status, "GPU memory" if cuda else "memory", finding, fix)
 
 
 def versions(cfg: Config) -> Iterator[Check]:
@@ -180,10 +187,10 @@ def tracking(cfg: Config) -> Iterator[Check]:
             query = {"query": "query { viewer { username } }"}
             answer = requests.post(f"{url}/graphql", json=query, auth=("api", key), timeout=8)
             known = answer.ok and (answer.json().get("data") or {}).get("viewer")
-            status, told = (OK, "the key is accepted") if known else (WARN, "the key is refused")
+            status, finding = (OK, "the key is accepted") if known else (WARN, "the key is refused")
             if key == "":
-                status, told = OK, "a key from an earlier wandb login"
-            yield Check(status, "W&B", told, "" if status == OK else "wandb login --relogin")
+                status, finding = OK, "a key from an earlier wandb login"
+            yield Check(status, "W&B", finding, "" if status == OK else "wandb login --relogin")
         except (requests.RequestException, ValueError) as error:
             yield Check(WARN, "W&B", f"no answer from {url} ({type(error).__name__})",
                         "the run is recorded offline")  # fmt: skip
@@ -197,33 +204,33 @@ def preflight(cfg: Config, patience: float = PATIENCE) -> list[Check]:
     """All checks, in order. The remote ones run side by side and have `patience` seconds."""
     pool = ThreadPoolExecutor(len(REMOTE))
     asked = {check: pool.submit(lambda c=check: list(c(cfg))) for check in REMOTE}
-    found = [line for check in LOCAL for line in check(cfg)]
+    checks = [line for check in LOCAL for line in check(cfg)]
     for check, future in asked.items():
         try:
-            found += future.result(timeout=patience)
+            checks += future.result(timeout=patience)
         except Late:
             patience = 0.1  # they all began together
-            cure = "check the network; the run may hang there too"
-            found.append(Check(FAIL, check.__name__, "no answer in time", cure))
+            fix = "check the network; the run may hang there too"
+            checks.append(Check(FAIL, check.__name__, "no answer in time", fix))
     pool.shutdown(wait=False, cancel_futures=True)
-    return found
+    return checks
 
 
-def show(found: list[Check], out: Callable[[str], None] = print) -> None:
+def show(checks: list[Check], out: Callable[[str], None] = print) -> None:
     """Print the lines.
 
     Raises:
         PreflightError: something fails.
     """
-    for status, what, told, cure in found:
-        out(f"{status:<5} {what:<19} {told}" + (f"\n{'':<25} -> {cure}" if cure else ""))
-    failed = [check.what for check in found if check.status == FAIL]
+    for status, what, finding, fix in checks:
+        out(f"{status:<5} {what:<19} {finding}" + (f"\n{'':<25} -> {fix}" if fix else ""))
+    failed = [check.what for check in checks if check.status == FAIL]
     if failed:
         raise PreflightError(f"this run would fail: {', '.join(failed)}")
 
 
-def main() -> None:
-    cfg = config_from_args(argument_parser(__doc__).parse_args(), elsewhere=True)
+def main(args: argparse.Namespace) -> None:
+    cfg = config_from_args(args, may_lack_gpu=True)
     quiet()
     code = 0
     try:
@@ -236,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main, ARGS)

@@ -10,6 +10,12 @@ Exit codes: 0, all cells ran; 1, a cell failed or the config has a mistake; 2, n
 
 from __future__ import annotations
 
+from scripts import cli
+
+if __name__ == "__main__":
+    ARGS = cli.parse("run")  # before the libraries load, so that --help is answered at once
+
+import argparse
 import json
 import logging
 import sys
@@ -21,15 +27,7 @@ from nbformat.v4 import new_markdown_cell
 from papermill.exceptions import PapermillExecutionError
 from transformers.trainer_utils import get_last_checkpoint
 
-from scripts.config import (
-    ROOT,
-    Config,
-    RecipeError,
-    argument_parser,
-    command,
-    config_from_args,
-    parse_overrides,
-)
+from scripts.config import ROOT, Config, RecipeError, config_from_args, parse_overrides
 from scripts.evaluate import evaluation_table
 
 NOTEBOOK = ROOT / "notebooks" / "llama3_dpo.ipynb"
@@ -79,13 +77,13 @@ def checkpoint(cfg: Config) -> str:
     Raises:
         RecipeError: there is none to go on from.
     """
-    found = get_last_checkpoint(cfg.run_dir) if cfg.run_dir.is_dir() else None
-    if found is None:
+    last = get_last_checkpoint(cfg.run_dir) if cfg.run_dir.is_dir() else None
+    if last is None:
         raise RecipeError(
             f"--resume: no checkpoint in {cfg.run_dir}; leave --resume out, and to keep some set "
             "save_strategy: steps and save_steps"
         )
-    return found
+    return last
 
 
 def summary(cfg: Config) -> str:
@@ -108,10 +106,7 @@ def summary(cfg: Config) -> str:
     return "\n".join(["", "The run's results:", *lines, "", head, table, "", "Aims:", *met])
 
 
-def main() -> None:
-    parser = argument_parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)  # mistakes show before a kernel starts
     overrides = parse_overrides(args.overrides)
     if args.resume:
@@ -129,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main, ARGS)

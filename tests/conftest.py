@@ -19,9 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from scripts.config import Config, load_config
-from scripts.data import load_preferences
-from scripts.models import load_model, load_tokenizer
-from scripts.training import build_trainer
+from scripts.training import assemble
 
 VOCABULARY = 128_256
 SPECIAL = {
@@ -169,9 +167,7 @@ def tiny_run(tiny_cfg):
 
     def make(**overrides) -> tuple[DPOTrainer, Config]:
         cfg = tiny_cfg(**overrides)
-        path = cfg.model.model_name_or_path
-        pairs = load_preferences(cfg)
-        return build_trainer(cfg, load_model(cfg, path), load_tokenizer(path), pairs), cfg
+        return assemble(cfg).trainer, cfg
 
     return make
 

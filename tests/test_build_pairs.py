@@ -3,11 +3,12 @@
 import pytest
 from conftest import write_jsonl
 
-from scripts.build_pairs import (
+from scripts.cli import RecipeError, parse
+from scripts.pairs.build import (
     as_row,
+    build,
     judge_answers,
     keep_settings,
-    main,
     parse_styles,
     pick_backend,
     read_jsonl,
@@ -16,8 +17,7 @@ from scripts.build_pairs import (
     styled,
     transformers_sampler,
 )
-from scripts.config import RecipeError
-from scripts.judges import JudgeError, Preference
+from scripts.pairs.judges import JudgeError, Preference
 
 PROMPTS = [
     {"id": f"p{i}", "messages": [{"role": "user", "content": "Why? " * (i + 1)}]} for i in range(3)
@@ -123,18 +123,18 @@ def test_the_command_makes_a_folder_that_loads_and_a_second_call_changes_nothing
 ):
     prompts = [{"prompt": f"Why {i}?", "split": "test" if i == 2 else "train"} for i in range(3)]
     path, out = write_jsonl(tmp_path / "prompts.jsonl", prompts), tmp_path / "out"
-    arguments = ["--prompts", str(path), "--out", str(out), "--max-new-tokens", "5"]
+    arguments = ["build", "--prompts", str(path), "--out", str(out), "--max-new-tokens", "5"]
     arguments += ["--samples", "plain=2", "--batch-size", "2"]
     arguments += ["--set", f"model_name_or_path={tiny_llama3}"]
-    main(arguments)
+    build(parse("data", arguments))
     assert "sampled 6/6 answers" in capsys.readouterr().out
     made = {f.name: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     assert {"train.jsonl", "test.jsonl", "samples.jsonl", "judged.jsonl"} < set(made)
-    main(arguments)
+    build(parse("data", arguments))
     assert "sampled" not in capsys.readouterr().out
     assert made == {f.name: f.read_bytes() for f in out.rglob("*") if f.is_file()}
-    with pytest.raises(RecipeError, match=r"begun otherwise \(seed was 0, is 1\)"):
-        main([*arguments, "--seed", "1"])
+    with pytest.raises(RecipeError, match=r"begun with other settings \(seed was 0, is 1\)"):
+        build(parse("data", [*arguments, "--seed", "1"]))
 
 
 def test_settings_are_kept_for_the_next_call(tmp_path):

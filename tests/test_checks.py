@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from conftest import explicit, write_jsonl
 
-from scripts.build_pairs import read_jsonl
-from scripts.checks import KINDS, by_kind, length_bias, report_text
-from scripts.config import ROOT
-from scripts.data import check_preferences, load_preferences
-from scripts.models import load_tokenizer
-from scripts.sources import read_file
+from scripts.cli import ROOT
+from scripts.data import load_preferences
+from scripts.model import load_tokenizer
+from scripts.pairs.build import read_jsonl
+from scripts.pairs.checks import KINDS
+from scripts.pairs.load import check_preferences
+from scripts.pairs.report import by_kind, length_bias, report_text
+from scripts.pairs.sources import read_file
 
 MAX_LENGTH = 160
 YES, NO = "Yes, it is.", "That is debated."
@@ -162,7 +164,7 @@ def test_the_report_counts_and_mends_each_kind(checked):
     text = report_text(report)
     assert f"train: {len(GOOD) + len(BAD)} rows, {len(GOOD)} usable pairs" in text
     for kind in table.index:
-        assert KINDS[kind].cure in text
+        assert KINDS[kind].fix in text
 
 
 def test_a_template_without_end_of_turn_is_noticed(tiny_cfg, tiny_llama3):
@@ -230,14 +232,14 @@ def test_the_command_says_it_all_and_fails_when_bad_rows_are_an_error(
     for kind in {kind for _, kind, _ in BAD} - {"no_room", "cut_equal"}:  # max_length is larger
         assert f"\n{kind.rjust(13)}" in done.stdout or f" {kind} " in done.stdout, kind
     written = read_jsonl(tmp_path / "out" / "data_check" / "findings.jsonl")
-    assert {"split", "where", "kind", "detail", "mend"} == set(written[0])
+    assert {"split", "where", "kind", "detail", "fix"} == set(written[0])
     assert (tmp_path / "out" / "data_check" / "check.png").stat().st_size > 10_000
     done = subprocess.run(
         [*command, "--set", "on_bad_rows=error"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "mend them, or set on_bad_rows: drop" in done.stderr
+    assert "correct them, or set on_bad_rows: drop" in done.stderr
 
 
 def test_bad_lines_of_a_csv_are_told_by_their_line(tmp_path):

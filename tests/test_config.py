@@ -7,7 +7,8 @@ import pytest
 from peft import LoraConfig
 from trl import get_peft_config, get_quantization_config
 
-from scripts.config import ROOT, ConfigError, load_config, parse_overrides
+from scripts.cli import ROOT
+from scripts.config import ConfigError, load_config, parse_overrides
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEFAULT = "configs/smollm2-135m-cpu.yaml"
@@ -108,6 +109,6 @@ def test_a_mistake_on_the_command_line_is_one_line():
 
 
 def test_a_run_elsewhere_can_be_looked_at_without_its_gpu():
-    cfg = load_config("configs/llama3-8b-a100.yaml", elsewhere=True)
+    cfg = load_config("configs/llama3-8b-a100.yaml", may_lack_gpu=True)
     assert cfg.dpo.bf16
     assert "use_cpu" not in cfg.given  # what the config itself says stays

@@ -5,11 +5,13 @@ import re
 import pytest
 from conftest import BOT, EOT, explicit, write_jsonl
 
-from scripts.build_pairs import read_jsonl
-from scripts.config import ROOT, ConfigError
-from scripts.data import length_table, load_preferences, templated, token_lengths
-from scripts.models import load_tokenizer
-from scripts.sources import DataError
+from scripts.cli import ROOT
+from scripts.config import ConfigError
+from scripts.data import length_table, load_preferences, token_lengths
+from scripts.model import load_tokenizer
+from scripts.pairs.build import read_jsonl
+from scripts.pairs.sources import DataError
+from scripts.pairs.tokens import templated
 
 ORCA = {
     "system": "You are brief.",
@@ -102,7 +104,7 @@ def test_rows_that_teach_nothing_are_left_out_and_told(tiny_cfg, tmp_path, capsy
         ("train.jsonl:1", "equal"),
         ("train.jsonl:2", "empty"),
     ]
-    assert all(row["mend"] for row in dropped)
+    assert all(row["fix"] for row in dropped)
 
 
 def test_bad_rows_can_be_an_error(tiny_cfg, tmp_path):

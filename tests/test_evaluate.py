@@ -9,15 +9,15 @@ from conftest import PAIRS, explicit, write_jsonl
 
 from scripts.data import load_preferences
 from scripts.evaluate import (
-    bootstrap,
     evaluate,
     evaluation_table,
-    generate_replies,
     implicit_rewards,
     save_evaluation,
     side_by_side,
 )
-from scripts.models import load_model, load_tokenizer
+from scripts.generation import generate_replies
+from scripts.measures.statistics import bootstrap
+from scripts.model import load_model, load_tokenizer
 
 
 def test_bootstrap_brackets_the_mean_and_pairs_the_models():

@@ -5,18 +5,13 @@ import torch
 from conftest import token_rows
 from transformers import AutoModelForCausalLM
 
-from scripts.config import RecipeError
+from scripts.adapter import load_adapter, save_adapter
+from scripts.cli import RecipeError
 from scripts.data import load_preferences
 from scripts.evaluate import pair_logps
-from scripts.export import (
-    MergeError,
-    completion_logps,
-    load_adapter,
-    merge_adapter,
-    save_adapter,
-    tokenised,
-)
-from scripts.models import load_tokenizer
+from scripts.export import MergeError, completion_logps, merge_adapter
+from scripts.model import load_tokenizer
+from scripts.pairs.tokens import tokenize_pairs
 
 
 @pytest.fixture
@@ -29,10 +24,9 @@ def trained(tiny_run):
 def test_tokenised_rows_are_the_trainers(tiny_run):
     trainer, cfg = tiny_run()
     tokenizer = load_tokenizer(cfg.model.model_name_or_path)
-    for mine, its in zip(
-        tokenised(load_preferences(cfg)["test"], tokenizer), trainer.eval_dataset, strict=True
-    ):
-        assert mine == {"prompt_ids": its["prompt_ids"], "chosen_ids": its["chosen_ids"]}
+    rows = tokenize_pairs(load_preferences(cfg)["test"].to_list(), tokenizer)
+    for mine, its in zip(rows, trainer.eval_dataset, strict=True):
+        assert mine == {name: its[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
 
 
 def test_merged_model_says_what_the_adapter_says(trained):

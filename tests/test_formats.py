@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 from conftest import BOT, EOT, write_jsonl
 
-from scripts.data import check_preferences, load_preferences, templated
-from scripts.models import load_tokenizer
-from scripts.sources import DataError
+from scripts.data import load_preferences
+from scripts.model import load_tokenizer
+from scripts.pairs.load import check_preferences
+from scripts.pairs.sources import DataError
+from scripts.pairs.tokens import templated
 
 
 def turns(*texts: str, system: str = "") -> list[dict]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from scripts.build_pairs import judge_answers
-from scripts.judges import Endpoint, JudgeError, RewardModel, Rule
-from scripts.models import load_tokenizer
+from scripts.model import load_tokenizer
+from scripts.pairs.build import judge_answers
+from scripts.pairs.judges import Endpoint, JudgeError, RewardModel, Rule
 
 
 def answer(text: str, tokens: int, style: str = "plain", finished: bool = True) -> dict:

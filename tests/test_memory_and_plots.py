@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from scripts import plots
-from scripts.memory import MemoryMonitor
+from scripts.monitoring.memory import MemoryMonitor
 
 
 @pytest.fixture(autouse=True)

@@ -6,23 +6,22 @@ import sys
 
 import pytest
 
-from scripts.benchmark import GROUPS, parse_case, profile, step_flops
-from scripts.config import ROOT, RecipeError, load_config
+from scripts.benchmark import GROUPS, profile
+from scripts.cli import ROOT, RecipeError
+from scripts.config import load_config
 from scripts.data import load_preferences
-from scripts.models import load_model, load_tokenizer
-from scripts.plan import (
+from scripts.model import load_model, load_tokenizer
+from scripts.planning.flops import step_flops
+from scripts.planning.hardware import fit, gpus, memory_table, needs
+from scripts.planning.lengths import parse_case, worst_lengths
+from scripts.planning.memory import (
     GB,
     architecture,
     attention_bytes,
-    fit,
-    gpus,
     layer_bytes,
-    memory_table,
-    needs,
     phases,
     shape,
     stored,
-    worst_lengths,
 )
 from scripts.training import build_trainer
 
@@ -31,7 +30,7 @@ A100 = "configs/llama3-8b-a100.yaml"
 
 @pytest.fixture(scope="module")
 def llama():
-    cfg = load_config(A100, elsewhere=True)
+    cfg = load_config(A100, may_lack_gpu=True)
     return cfg, shape(cfg)
 
 
@@ -47,7 +46,7 @@ def test_nf4_constants_are_part_of_the_weights(llama):
     linear = stored(cfg, s)["linear layers"]
     per_weight = linear * 8 / s.quantized
     assert per_weight == pytest.approx(4 + 8 / 64 + 32 / (64 * 256))  # the QLoRA paper's 4.127
-    cfg = load_config(A100, elsewhere=True, overrides={"use_bnb_nested_quant": False})
+    cfg = load_config(A100, may_lack_gpu=True, overrides={"use_bnb_nested_quant": False})
     assert stored(cfg, s)["linear layers"] * 8 / s.quantized == pytest.approx(4.5)
 
 
@@ -69,7 +68,7 @@ def test_checkpointing_and_smaller_batches_need_less(llama):
     _, s = llama
 
     def step(**overrides):
-        cfg = load_config(A100, overrides, elsewhere=True)
+        cfg = load_config(A100, overrides, may_lack_gpu=True)
         return phases(cfg, s, worst_lengths(cfg), True, 0)["step"]["activations"]
 
     base = step()
@@ -95,10 +94,10 @@ def test_the_8b_run_fits_where_it_should(llama):
     table = gpus()["gpus"]
     assert fit(cfg, s, table["A100-80"]) == (True, "")
     assert fit(cfg, s, table["T4"])[0] is False
-    small = fit(load_config("configs/llama3-8b-24gb.yaml", elsewhere=True), s, table["L4"])
+    small = fit(load_config("configs/llama3-8b-24gb.yaml", may_lack_gpu=True), s, table["L4"])
     assert small[0], small
     fits, change = fit(
-        load_config(A100, elsewhere=True, overrides={"activation_checkpointing": False}),
+        load_config(A100, may_lack_gpu=True, overrides={"activation_checkpointing": False}),
         s,
         table["A10"],
     )

@@ -25,19 +25,17 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from scripts.config import ROOT
-from scripts.models import load_tokenizer
-from scripts.prefix_sharing import (
-    REFERENCE,
-    AnswerLogps,
-    PrefixSharedDPOTrainer,
-    PrefixSharingError,
-    dense_mask,
-    fuse_adapter,
-    pack,
-    reference_cache,
-    share_prefixes,
-)
+from scripts.cli import ROOT
+from scripts.model import load_tokenizer
+from scripts.sharing.attention import dense_mask
+from scripts.sharing.forward import share_prefixes
+from scripts.sharing.head import AnswerLogps
+from scripts.sharing.lora import fuse_adapter
+from scripts.sharing.reference import COLUMNS as REFERENCE
+from scripts.sharing.reference import cache_folder as reference_cache
+from scripts.sharing.row import pack
+from scripts.sharing.support import PrefixSharingError
+from scripts.sharing.trainer import PrefixSharedDPOTrainer
 
 LOSSES = [
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
@@ -152,8 +150,8 @@ def test_the_head_is_as_near_to_the_truth_as_trls():
 @given(data=st.data())
 def test_pairs_of_any_lengths_give_the_same(both, data):
     if not hasattr(both, "made"):
-        both.made = both(max_length=32)
-    size = st.tuples(st.integers(1, 31), st.integers(1, 40), st.integers(1, 40))
+        both.made = both(max_length=64)
+    size = st.tuples(st.integers(1, 63), st.integers(1, 70), st.integers(1, 70))
     rows = tokens(data.draw(st.lists(size, min_size=1, max_size=3)), data.draw(st.integers(0, 99)))
     assert_equal(*(scored(trainer, rows) for trainer in both.made))
 
@@ -285,10 +283,10 @@ def test_nothing_is_padded_and_the_prompt_is_there_once():
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     row = pack(batch["input_ids"], batch["attention_mask"], labels)
     # The last token of an answer predicts nothing; the last one of the prompt stands there twice.
-    assert row.input_ids.shape[1] == sum(p + c - 1 + r for p, c, r in SIZES[:3])
-    assert len(row.targets) == sum(c + r for _, c, r in SIZES[:3])
-    assert row.position_ids[0, :13].tolist() == list(range(13))
-    assert row.position_ids[0, 13:27].tolist() == list(range(4, 18))  # rejected restarts
+    assert row.input_ids_1T.shape[1] == sum(p + c - 1 + r for p, c, r in SIZES[:3])
+    assert len(row.targets_N) == sum(c + r for _, c, r in SIZES[:3])
+    assert row.position_ids_1T[0, :13].tolist() == list(range(13))
+    assert row.position_ids_1T[0, 13:27].tolist() == list(range(4, 18))  # rejected restarts
     mask = dense_mask(row)[0, 0]
     assert mask[13, :4].all()  # rejected sees the prompt,
     assert not mask[13, 4:13].any()  # nothing of chosen,
@@ -435,7 +433,7 @@ def tiny(config_class, model_class, **more):
     return model_class(config_class(**sizes, num_attention_heads=2, num_key_value_heads=1, **more))
 
 
-def test_models_that_cannot_share_are_refused_by_name(tiny_cfg, tiny_llama3):
+def test_models_that_cannot_share_are_refused_by_name(tiny_cfg, tiny_llama3, capsys):
     with pytest.raises(PrefixSharingError, match=r"sliding windows \(16\)"):
         share_prefixes(tiny(MistralConfig, MistralForCausalLM, sliding_window=16))
     other = tiny(MistralConfig, MistralForCausalLM, sliding_window=None)
@@ -456,14 +454,18 @@ def test_models_that_cannot_share_are_refused_by_name(tiny_cfg, tiny_llama3):
     )  # fmt: skip
     moe.resize_token_embeddings(len(tokenizer))
     common = {"processing_class": tokenizer, "train_dataset": pairs}
-    with pytest.raises(PrefixSharingError, match="mixture-of-experts models are not supported"):
-        PrefixSharedDPOTrainer(
-            model=moe, ref_model=moe.__class__(moe.config), args=tiny_cfg().dpo, **common
-        )
+    trainer = PrefixSharedDPOTrainer(
+        model=moe, ref_model=moe.__class__(moe.config), args=tiny_cfg().dpo, **common
+    )
+    assert "mixture-of-experts models are not supported" in trainer.refusal
     prompts = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama3)
-    with pytest.raises(PrefixSharingError, match="prompt tuning is not supported"):
-        PrefixSharedDPOTrainer(model=model, args=tiny_cfg().dpo, peft_config=prompts, **common)
+    trainer = PrefixSharedDPOTrainer(
+        model=model, args=tiny_cfg().dpo, peft_config=prompts, **common
+    )
+    assert "prompt tuning is not supported" in trainer.refusal
+    assert model.config._attn_implementation == "sdpa"  # as it was
+    assert "TRL's own way" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])

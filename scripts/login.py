@@ -57,8 +57,8 @@ def hub_state(name: str, revision: str = "main") -> str:
 
 
 def _without_the_hub(name: str, revision: str) -> str:
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return "cached" if isinstance(found, str) else "unreachable"
+    config_file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return "cached" if isinstance(config_file, str) else "unreachable"
 
 
 def someone_is_there() -> bool:

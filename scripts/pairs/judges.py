@@ -21,8 +21,8 @@ from transformers import AutoModelForSequenceClassification
 from urllib3.util import Retry
 
 from scripts.config import RecipeError
-from scripts.models import load_tokenizer
-from scripts.textstats import fact_recall, repeated_ngram_share
+from scripts.measures.text import fact_recall, repeated_ngram_share
+from scripts.model import load_tokenizer
 
 
 class JudgeError(RecipeError):
@@ -201,9 +201,9 @@ class Endpoint:
         body = {"model": self.model, "temperature": 0, "max_tokens": 512}
         body["messages"] = [{"role": "user", "content": asked}]
         for _ in range(3):
-            found = re.findall(r'"winner"\s*:\s*"(A|B|tie)"', self._reply(body))
-            if found:
-                return found[-1]
+            verdicts = re.findall(r'"winner"\s*:\s*"(A|B|tie)"', self._reply(body))
+            if verdicts:
+                return verdicts[-1]
         return "unclear"
 
     def _reply(self, body: dict) -> str:
@@ -214,9 +214,9 @@ class Endpoint:
         except requests.RequestException as error:
             raise JudgeError(f"the judge at {self.url} does not answer: {error}") from None
         if response.status_code != 200:
-            cure = " (set OPENAI_API_KEY)" if response.status_code in (401, 403) else ""
+            fix = " (set OPENAI_API_KEY)" if response.status_code in (401, 403) else ""
             raise JudgeError(
-                f"the judge at {self.url} said {response.status_code}{cure}: {response.text[:200]}"
+                f"the judge at {self.url} said {response.status_code}{fix}: {response.text[:200]}"
             )
         try:
             return str(response.json()["choices"][0]["message"]["content"])

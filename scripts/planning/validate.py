@@ -19,11 +19,13 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts.benchmark import make_trainer
-from scripts.config import ROOT, RecipeError, load_config
-from scripts.memory import MemoryMonitor
-from scripts.models import load_tokenizer, resolve_model
-from scripts.plan import peak, phases, process_gb, shape, worst_lengths
+from scripts.cli import ROOT, RecipeError
+from scripts.config import load_config
+from scripts.model import load_tokenizer, resolve_model
+from scripts.monitoring.memory import MemoryMonitor
+from scripts.planning.lengths import worst_lengths
+from scripts.planning.memory import peak, phases, process_gb, shape
+from scripts.planning.trial import trial_trainer
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"
 RANKS, LENGTHS, PAIRS = (8, 64), (256, 640), 2
@@ -58,7 +60,7 @@ def settings(model: str, rank: int, length: int) -> dict:
 def measure(values: dict) -> float:
     """Train two steps in this process; the most resident memory while they ran, in GB."""
     cfg = load_config(CONFIG, values)
-    trainer = make_trainer(cfg, worst_lengths(cfg), 2 * PAIRS)
+    trainer = trial_trainer(cfg, worst_lengths(cfg), 2 * PAIRS)
     monitor = MemoryMonitor(interval=0.02)
     monitor.phase("step")
     trainer.train()
@@ -79,7 +81,7 @@ def compare() -> pd.DataFrame:
             cfg = load_config(CONFIG, values)
             step = phases(cfg, shape(cfg), worst_lengths(cfg), False, runtime)["step"]
             done = subprocess.run(
-                [sys.executable, "-m", "scripts.plan_check", "--child", json.dumps(values)],
+                [sys.executable, "-m", "scripts.planning.validate", json.dumps(values)],
                 cwd=ROOT, capture_output=True, text=True,
             )  # fmt: skip
             if done.returncode:
@@ -95,19 +97,20 @@ def compare() -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["--child"]:
-        print(measure(json.loads(arguments[1])))
-        return
-    found = compare()
-    print(f"\n{torch.get_num_threads()} CPU threads, {PAIRS} pairs at a time\n{found.to_string()}")
-    ratio = found["predicted GB"].astype(float) / found["measured GB"].astype(float)
+def validate() -> None:
+    """Print predictions beside measurements.
+
+    Raises:
+        PlanError: one is further off than `ALLOWED`.
+    """
+    table = compare()
+    print(f"\n{torch.get_num_threads()} CPU threads, {PAIRS} pairs at a time\n{table.to_string()}")
+    ratio = table["predicted GB"].astype(float) / table["measured GB"].astype(float)
     worst = (ratio - 1).abs().max()
     print(f"furthest off: {worst:.0%}")
     if worst > ALLOWED:
         raise PlanError(f"a prediction is off by {worst:.0%}, more than {ALLOWED:.0%}")
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # one measurement, in a process of its own
+    print(measure(json.loads(sys.argv[1])))

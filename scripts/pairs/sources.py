@@ -24,7 +24,7 @@ TEXT = {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
 
 
 class DataError(RecipeError):
-    """The data cannot be read as preference pairs: what, where and how to mend it."""
+    """The data cannot be read as preference pairs: what, where and how to fix it."""
 
 
 def read_source(args: ScriptArguments) -> dict[str, list[Row]]:
@@ -67,8 +67,8 @@ def _local_files(path: Path, config: str | None) -> dict[str, list[Path]]:
     """The files behind each split of a local file or folder."""
     if path.is_file():
         return {"train": [path]}
-    found = load_dataset_builder(str(path), config).config.data_files or {}
-    return {str(split): [Path(str(f)) for f in files] for split, files in found.items()}
+    splits = load_dataset_builder(str(path), config).config.data_files or {}
+    return {str(split): [Path(str(f)) for f in files] for split, files in splits.items()}
 
 
 def _numbered(rows: Dataset, split: str) -> Iterator[Row]:

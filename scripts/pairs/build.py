@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from scripts.config import Config, RecipeError, argument_parser, config_from_args
-from scripts.evaluate import generate_replies
-from scripts.formats import BadRow, Messages, as_messages
-from scripts.judges import Endpoint, Preference, RewardModel, Rule
-from scripts.models import load_tokenizer, resolve_model
-from scripts.sources import read_file
+from scripts.config import Config, RecipeError, config_from_args
+from scripts.generation import generate_replies
+from scripts.model import load_tokenizer, resolve_model
+from scripts.pairs.formats import BadRow, Messages, as_messages
+from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
+from scripts.pairs.sources import read_file
 
 # How a prompt is put to the model. The pair keeps only the plain prompt: what the request to be
 # brief brought out, the tuned model is to do unasked.
@@ -130,8 +130,8 @@ def judge_answers(judge: Judge, prompts: list[dict], answers: list[dict], path: 
         file.flush()
         try:
             verdicts = pool.map(lambda prompt: judge(prompt, by_prompt[prompt["id"]]), rest)
-            for prompt, found in zip(rest, verdicts, strict=True):
-                judged.append({"id": prompt["id"], "pairs": [as_row(prompt, p) for p in found]})
+            for prompt, verdict in zip(rest, verdicts, strict=True):
+                judged.append({"id": prompt["id"], "pairs": [as_row(prompt, p) for p in verdict]})
                 file.write(line(judged[-1]))
                 file.flush()
                 if len(judged) % 50 == 0 or len(judged) == len(prompts):
@@ -181,10 +181,10 @@ def read_prompts(path: Path) -> list[dict]:
     if not path.is_file():
         raise RecipeError(f"no prompts at {path}: give --prompts a JSON-lines, JSON or CSV file")
     prompts, seen = [], set()
-    for number, (where, row, told) in enumerate(read_file(path)):
+    for number, (where, row, problem) in enumerate(read_file(path)):
         try:
             if row is None:
-                raise BadRow("unreadable", told)
+                raise BadRow("unreadable", problem)
             messages = as_messages(row.get("prompt"), "user", "prompt")
             if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
                 raise BadRow("roles", "the prompt does not end with the user's message")
@@ -220,8 +220,10 @@ def keep_settings(folder: Path, settings: dict) -> None:
         before = json.loads(path.read_text())
         changed = [k for k in settings if before.get(k) != settings[k]]
         if changed:
-            told = ", ".join(f"{k} was {before.get(k)!r}, is {settings[k]!r}" for k in changed)
-            raise RecipeError(f"{folder.parent} was begun otherwise ({told}); take another --out")
+            changes = ", ".join(f"{k} was {before.get(k)!r}, is {settings[k]!r}" for k in changed)
+            raise RecipeError(
+                f"{folder.parent} was begun with other settings ({changes}); take another --out"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -237,28 +239,6 @@ def make_judge(args: argparse.Namespace, cfg: Config) -> Judge:
     return Endpoint(args.judge_url, args.judge_model, pairs=args.pairs_per_prompt)
 
 
-def options() -> argparse.ArgumentParser:
-    """The command's options."""
-    parser = argument_parser(__doc__)
-    parser.prog = "python -m scripts.data build"
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
-    parser.add_argument("--out", type=Path, default=Path("outputs/pairs"), help="folder to fill")
-    parser.add_argument("--samples", default="plain=4,brief=2,accurate=2", help="answers by style")
-    parser.add_argument("--max-new-tokens", type=int, default=192, help="cap on an answer")
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--backend", choices=["auto", "transformers", "vllm"], default="auto",
-                        help="auto: vLLM where it is installed and there is a GPU")  # fmt: skip
-    parser.add_argument("--judge", choices=["rule", "reward", "endpoint"], default="rule")
-    parser.add_argument("--judge-model", help="the reward model, or the endpoint's model")
-    parser.add_argument("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
-    parser.add_argument("--pairs-per-prompt", type=int, default=1, help="endpoint: at most so many")
-    parser.add_argument("--least-gap", type=float, default=0.0, help="reward: nearer is a tie")
-    return parser
-
-
 def pick_backend(name: str) -> str:
     """`name`, or for `auto` vLLM where it can be used."""
     from importlib.util import find_spec
@@ -270,8 +250,8 @@ def pick_backend(name: str) -> str:
     return "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = options().parse_args(arguments)
+def build(args: argparse.Namespace) -> None:
+    """The command `python -m scripts.data build`, with its options in `args`."""
     cfg = config_from_args(args)
     prompts, styles, work = (
         read_prompts(args.prompts),

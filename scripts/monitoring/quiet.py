@@ -10,7 +10,7 @@ def quiet(progress_bars: bool = False) -> None:
     """Show warnings that a reader can act on; hide progress bars unless something is downloaded.
 
     Call it before the model is loaded. What is hidden: notices that a library falls back to an
-    equivalent path, and deprecations inside TRL and transformers that only their authors can mend.
+    equivalent path, and deprecations inside TRL and transformers, for their authors.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("WANDB_SILENT", "true")

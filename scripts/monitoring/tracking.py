@@ -32,6 +32,8 @@ def start_wandb(cfg: Config) -> str:
     """
     if "wandb" not in cfg.dpo.report_to:
         return "W&B is off (report_to does not name it)."
+    if not cfg.is_main_process:
+        return "W&B: the first process's."
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
     wanted = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     why = "no key: set WANDB_API_KEY to watch it live"

@@ -23,8 +23,8 @@ def fact_recall(text: str, facts: list[list[str]]) -> float:
     boundary ("rotat" finds "rotates", "ice" does not find "nice"), and a number must stand alone.
     It is a check that content is still there, not that every sentence is true.
     """
-    found = [any(_mentions(text, spelling) for spelling in fact) for fact in facts]
-    return sum(found) / len(found) if found else 1.0
+    mentioned = [any(_mentions(text, spelling) for spelling in fact) for fact in facts]
+    return sum(mentioned) / len(mentioned) if mentioned else 1.0
 
 
 def _mentions(text: str, spelling: str) -> bool:

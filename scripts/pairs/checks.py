@@ -1,4 +1,4 @@
-"""What can be wrong with a preference pair, how to tell, and how to mend it.
+"""What can be wrong with a preference pair, how to tell, and how to fix it.
 
 `KINDS` names every finding. A *bad* row cannot be trained on, or would teach the wrong thing; it is
 an error or is dropped (`on_bad_rows`). The others are remarks: the row is used.
@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from scripts.formats import Messages
+from scripts.pairs.formats import Messages
 
 
 class Kind(NamedTuple):
-    """A kind of finding: whether the row is bad, what it means, and the way to mend it."""
+    """A kind of finding: whether the row is bad, what it means, and the way to fix it."""
 
     bad: bool
     what: str
-    cure: str
+    fix: str
 
 
 KINDS: dict[str, Kind] = {
-    "unreadable": Kind(True, "not a row at all", "mend the line, or export the file anew"),
+    "unreadable": Kind(True, "not a row at all", "correct the line, or export the file anew"),
     "encoding": Kind(True, "wrongly decoded text", "export the source as UTF-8; do not patch it"),
     "missing": Kind(True, "a field is missing or null", "fill it in; see dataset_columns"),
     "type": Kind(True, "a value that is not text", "write it as text"),
@@ -74,8 +72,6 @@ class Report:
         return [f for f in self.findings if KINDS[f.kind].bad]
 
 
-# A rule that looks at nothing but length should not do much better than a coin.
-MOSTLY_LENGTH = 0.7
 # UTF-8 that was read as Latin-1 or Windows-1252: an accented letter, a curly quote, a BOM.
 MOJIBAKE = re.compile("Ã[\x80-\xbf]|â€[™œ˜”“¦\x9d\x93\x94]|Â[\xa0°»«]|ï»¿")
 UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffd\ufffe\uffff\ud800-\udfff]")
@@ -143,15 +139,15 @@ def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iter
         return
     texts = [(s, m["content"]) for s in ("prompt", "chosen", "rejected") for m in pair[s]]
     for side, text in texts:
-        if found := UNWANTED.search(text) or MOJIBAKE.search(text):
-            yield "encoding", f"{side} has {found.group()!a} at character {found.start()}"
+        if match := UNWANTED.search(text) or MOJIBAKE.search(text):
+            yield "encoding", f"{side} has {match.group()!a} at character {match.start()}"
         if not INVISIBLE.sub("", text):
             yield "empty", f"{side} is empty or white space"
-        found = special and special.search(text)
-        if found:
-            yield "special", f"{side} has {found.group()!r} typed in it"
-        elif found := MARKUP.search(text):
-            yield "markup", f"{side} has {found.group().strip()!r}"
+        match = special and special.search(text)
+        if match:
+            yield "special", f"{side} has {match.group()!r} typed in it"
+        elif match := MARKUP.search(text):
+            yield "markup", f"{side} has {match.group().strip()!r}"
     chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
     if INVISIBLE.sub("", chosen) and normalised(chosen) == normalised(rejected):
         how = "word for word" if chosen == rejected else "but for case, spaces or end marks"
@@ -164,7 +160,7 @@ def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iter
 def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
     """Pairs that say again, or say against, what an earlier one said: (index, kind, detail)."""
     seen: dict[tuple, int] = {}
-    told: set[int] = set()
+    reported: set[int] = set()
     for index, pair in enumerate(pairs):
         prompt, chosen, rejected = (
             hash(_conversation(pair[side])) for side in ("prompt", "chosen", "rejected")
@@ -177,8 +173,8 @@ def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, st
         if (prompt, rejected, chosen) in seen:
             other = seen[prompt, rejected, chosen]
             for one, two in ((other, index), (index, other)):
-                if one not in told:
-                    told.add(one)
+                if one not in reported:
+                    reported.add(one)
                     yield one, "contradiction", f"the other way round in {wheres[two]}"
 
 
@@ -213,94 +209,6 @@ def token_problems(
         yield "cut_equal", f"the answers are the same in the {room} tokens that are left"
     else:
         lost = {s: len(prompt) + len(ids[s]) - max_length for s in ("chosen", "rejected")}
-        told = ", ".join(f"{s} {n} of {len(ids[s])}" for s, n in lost.items() if n > 0)
+        parts = ", ".join(f"{s} {n} of {len(ids[s])}" for s, n in lost.items() if n > 0)
         what = "end" if mode == "keep_start" else "beginning, the prompt first"
-        yield "truncated", f"tokens lost at the {what}: {told}"
-
-
-def length_bias(lengths: np.ndarray) -> dict[str, float]:
-    """How much length alone tells: the shares in which chosen is longer and shorter, and the
-    accuracy of the better of the two rules "longer wins" and "shorter wins" (ties count half).
-
-    `lengths` is (pairs, 3): tokens of prompt, chosen and rejected.
-    """
-    difference = lengths[:, 1] - lengths[:, 2]
-    longer, shorter = float((difference > 0).mean()), float((difference < 0).mean())
-    rule = max(longer, shorter) + (1 - longer - shorter) / 2
-    return {"chosen_longer": longer, "chosen_shorter": shorter, "length_rule_accuracy": rule}
-
-
-def by_kind(report: Report) -> pd.DataFrame:
-    """The findings by kind: whether they are bad, in how many rows, which first, how to mend it."""
-    groups = defaultdict(dict)
-    for finding in report.findings:
-        groups[finding.kind].setdefault((finding.split, finding.where))
-    rows = [
-        {
-            "kind": kind,
-            "level": "bad" if KINDS[kind].bad else "remark",
-            "what": KINDS[kind].what,
-            "rows": len(groups[kind]),
-            "first at": ", ".join(where for _, where in list(groups[kind])[:3]),
-            "mend": KINDS[kind].cure,
-        }
-        for kind in KINDS
-        if kind in groups
-    ]
-    return pd.DataFrame(rows, columns=["kind", "level", "what", "rows", "first at", "mend"])
-
-
-def lost(report: Report, split: str) -> pd.DataFrame:
-    """What the cut at `max_length` takes of the chosen and the rejected answers of a split."""
-    prompt, *answers = report.lengths[split].T
-    rows = {}
-    for side, tokens in zip(("chosen", "rejected"), answers, strict=True):
-        over = np.clip(prompt + tokens - (report.max_length or np.inf), 0, None)
-        rows[side] = {
-            "rows cut": int((over > 0).sum()),
-            "share": f"{(over > 0).mean():.1%}",
-            "tokens lost": f"{over.sum() / (prompt + tokens).sum():.1%}",
-        }
-    return pd.DataFrame(rows).T
-
-
-def report_text(report: Report) -> str:
-    """The whole report as text: sizes, lengths, what truncation takes, length bias, findings."""
-    parts = []
-    for split, lengths in report.lengths.items():
-        parts.append(f"{split}: {report.rows[split]:,} rows, {len(lengths):,} usable pairs")
-        if len(lengths) == 0:
-            continue
-        table = pd.DataFrame(
-            np.percentile(lengths, [50, 95, 100], axis=0).T.round().astype(int),
-            index=pd.Index(["prompt", "chosen", "rejected"], name="tokens of"),
-            columns=["p50", "p95", "max"],
-        )
-        parts.append(table.to_string())
-        if report.max_length:
-            parts.append(f"cut at max_length {report.max_length} ({report.truncation}):")
-            parts.append(lost(report, split).to_string())
-        parts.append(bias_text(lengths) + "\n")
-    found = by_kind(report)
-    if found.empty:
-        return "\n".join([*parts, "Nothing found."])
-    parts.append(found.drop(columns="mend").to_string(index=False))
-    parts += ["\nHow to mend it:"] + [f"  {r.kind}: {r.mend}" for r in found.itertuples()]
-    return "\n".join(parts)
-
-
-def bias_text(lengths: np.ndarray) -> str:
-    """`length_bias` in words, with a warning from 70% on (of too few pairs to tell, none)."""
-    bias = length_bias(lengths)
-    rule = "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter"
-    text = (
-        f"chosen is the longer in {bias['chosen_longer']:.0%}, the shorter in "
-        f"{bias['chosen_shorter']:.0%}; the rule 'the {rule} wins' is right in "
-        f"{bias['length_rule_accuracy']:.0%}"
-    )
-    if bias["length_rule_accuracy"] >= MOSTLY_LENGTH and len(lengths) >= 30:
-        text += (
-            "\nWARNING: the preference is mostly length, and that is what a model will learn. "
-            "If it is not\nwhat you want, add pairs of like length, or use loss_type: sigmoid_norm."
-        )
-    return text
+        yield "truncated", f"tokens lost at the {what}: {parts}"

@@ -1,0 +1,2 @@
+"""Watching a run: memory (`memory`), the step log (`steps`), W&B (`tracking`), less noise
+(`quiet`)."""

@@ -1,0 +1,76 @@
+"""The log of a run, step by step: a file, a line, and a figure under the running cell."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from transformers import TrainerCallback
+
+
+class RunLog(TrainerCallback):
+    """Write every log to `metrics.jsonl`, print it as one line, and redraw the live figure."""
+
+    def __init__(self, path: Path, redraws: int = 12) -> None:
+        self.path = path
+        self.redraws = redraws
+        self._figure = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if state.global_step == 0:  # a resumed run goes on with the file it has
+                self.path.write_text("")
+        self._began, self._first = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" not in logs:
+            return
+        steps = state.global_step - self._first
+        pace = (time.monotonic() - self._began) / max(steps, 1)
+        left = pace * (state.max_steps - state.global_step) / 60
+        print(
+            f"step {state.global_step:>4}/{state.max_steps}"
+            f"  loss {logs['loss']:.3f}"
+            f"  margin {logs['rewards/margins']:+.3f}"
+            f"  accuracy {logs['rewards/accuracies']:.2f}"
+            f"  {pace:.1f} s/step  {left:.1f} min left",
+            flush=True,
+        )
+        every = max(1, state.max_steps // self.redraws)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self._redraw(history(state.log_history))
+
+    def _redraw(self, frame: pd.DataFrame) -> None:
+        """Show or refresh the curves under the running cell; outside a notebook, do nothing."""
+        if "ipykernel" not in sys.modules or len(frame) < 2:
+            return
+        from IPython.display import display
+        from matplotlib import pyplot as plt
+
+        from scripts.plots import training_curves
+
+        figure = training_curves(frame)
+        if self._figure is None:
+            self._figure = display(figure, display_id=True)
+        else:
+            self._figure.update(figure)
+        plt.close(figure)
+
+
+def history(log: list[dict] | Path) -> pd.DataFrame:
+    """The training steps of a run, from `trainer.state.log_history` or a `metrics.jsonl`.
+
+    Rewards, margins and the loss are in nats; accuracies are shares of pairs.
+    """
+    if isinstance(log, Path):
+        log = [json.loads(line) for line in log.open()]
+    rows = [row for row in log if "loss" in row]
+    return pd.DataFrame(rows).set_index("step") if rows else pd.DataFrame()

@@ -1,0 +1,101 @@
+"""A report on a dataset as tables and text: sizes, lengths, what the cut takes, length bias."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+
+from scripts.pairs.checks import KINDS, Report
+
+# A rule that looks at nothing but length should not do much better than a coin.
+MOSTLY_LENGTH = 0.7
+
+
+def length_bias(lengths: np.ndarray) -> dict[str, float]:
+    """How much length alone tells: the shares in which chosen is longer and shorter, and the
+    accuracy of the better of the two rules "longer wins" and "shorter wins" (ties count half).
+
+    `lengths` is (pairs, 3): tokens of prompt, chosen and rejected.
+    """
+    difference = lengths[:, 1] - lengths[:, 2]
+    longer, shorter = float((difference > 0).mean()), float((difference < 0).mean())
+    rule = max(longer, shorter) + (1 - longer - shorter) / 2
+    return {"chosen_longer": longer, "chosen_shorter": shorter, "length_rule_accuracy": rule}
+
+
+def by_kind(report: Report) -> pd.DataFrame:
+    """The findings by kind: whether they are bad, in how many rows, which first, how to fix it."""
+    groups = defaultdict(dict)
+    for finding in report.findings:
+        groups[finding.kind].setdefault((finding.split, finding.where))
+    rows = [
+        {
+            "kind": kind,
+            "level": "bad" if KINDS[kind].bad else "remark",
+            "what": KINDS[kind].what,
+            "rows": len(groups[kind]),
+            "first at": ", ".join(where for _, where in list(groups[kind])[:3]),
+            "fix": KINDS[kind].fix,
+        }
+        for kind in KINDS
+        if kind in groups
+    ]
+    return pd.DataFrame(rows, columns=["kind", "level", "what", "rows", "first at", "fix"])
+
+
+def lost(report: Report, split: str) -> pd.DataFrame:
+    """What the cut at `max_length` takes of the chosen and the rejected answers of a split."""
+    prompt, *answers = report.lengths[split].T
+    rows = {}
+    for side, tokens in zip(("chosen", "rejected"), answers, strict=True):
+        over = np.clip(prompt + tokens - (report.max_length or np.inf), 0, None)
+        rows[side] = {
+            "rows cut": int((over > 0).sum()),
+            "share": f"{(over > 0).mean():.1%}",
+            "tokens lost": f"{over.sum() / (prompt + tokens).sum():.1%}",
+        }
+    return pd.DataFrame(rows).T
+
+
+def report_text(report: Report) -> str:
+    """The whole report as text: sizes, lengths, what truncation takes, length bias, findings."""
+    parts = []
+    for split, lengths in report.lengths.items():
+        parts.append(f"{split}: {report.rows[split]:,} rows, {len(lengths):,} usable pairs")
+        if len(lengths) == 0:
+            continue
+        table = pd.DataFrame(
+            np.percentile(lengths, [50, 95, 100], axis=0).T.round().astype(int),
+            index=pd.Index(["prompt", "chosen", "rejected"], name="tokens of"),
+            columns=["p50", "p95", "max"],
+        )
+        parts.append(table.to_string())
+        if report.max_length:
+            parts.append(f"cut at max_length {report.max_length} ({report.truncation}):")
+            parts.append(lost(report, split).to_string())
+        parts.append(bias_text(lengths) + "\n")
+    findings = by_kind(report)
+    if findings.empty:
+        return "\n".join([*parts, "Nothing found."])
+    parts.append(findings.drop(columns="fix").to_string(index=False))
+    parts += ["\nHow to fix it:"] + [f"  {r.kind}: {r.fix}" for r in findings.itertuples()]
+    return "\n".join(parts)
+
+
+def bias_text(lengths: np.ndarray) -> str:
+    """`length_bias` in words, with a warning from 70% on (of too few pairs to tell, none)."""
+    bias = length_bias(lengths)
+    rule = "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter"
+    text = (
+        f"chosen is the longer in {bias['chosen_longer']:.0%}, the shorter in "
+        f"{bias['chosen_shorter']:.0%}; the rule 'the {rule} wins' is right in "
+        f"{bias['length_rule_accuracy']:.0%}"
+    )
+    if bias["length_rule_accuracy"] >= MOSTLY_LENGTH and len(lengths) >= 30:
+        text += (
+            "\nWARNING: the preference is mostly length, and that is what a model will learn. "
+            "If it is not\nwhat you want, add pairs of like length, or use loss_type: sigmoid_norm."
+        )
+    return text

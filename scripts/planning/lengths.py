@@ -1,0 +1,33 @@
+"""Pairs by their numbers of tokens: as given, as in a batch, or as long as the config allows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from scripts.cli import RecipeError
+from scripts.config import Config
+
+
+def parse_case(case: str) -> tuple[int, int, int, int]:
+    """`"512/128/256x2"` as tokens of prompt, chosen and rejected, and pairs at a time."""
+    try:
+        sizes, pairs = case.split("x")
+        prompt, chosen, rejected = map(int, sizes.split("/"))
+        return prompt, chosen, rejected, int(pairs)
+    except ValueError:
+        raise RecipeError(f"a case is prompt/chosen/rejectedxpairs or data, got {case!r}") from None
+
+
+def lengths_of(batch: dict) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected of a batch of TRL's collator, (pairs, 3)."""
+    answers = batch["completion_mask"].sum(1).cpu().numpy()
+    whole = batch["attention_mask"].sum(1).cpu().numpy()
+    half = len(answers) // 2
+    return np.stack([(whole - answers)[:half], answers[:half], answers[half:]], axis=1)
+
+
+def worst_lengths(cfg: Config) -> tuple[int, int, int]:
+    """Tokens of prompt, chosen and rejected of a pair that fills `max_length`: a quarter prompt."""
+    length = cfg.dpo.max_length or 1024
+    prompt = max(1, length // 4)
+    return prompt, length - prompt, length - prompt

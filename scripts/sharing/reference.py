@@ -1,0 +1,57 @@
+"""Reference log-probabilities kept on disk, under a key of all that they come from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from trl import DPOConfig
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def cache_folder() -> Path:
+    """The folder in which they are kept, beside the cache of `datasets`."""
+    return Path(datasets.config.HF_CACHE_HOME) / "dpo_reference_logps"
+
+
+def token_columns(dataset: Dataset) -> list[list[list[int]]]:
+    """Prompt, chosen and rejected ids of every pair."""
+    return [dataset[name][:] for name in TOKENS]
+
+
+def cache_key(model: torch.nn.Module, dataset: Dataset, args: DPOConfig) -> str:
+    """A digest of tokens, settings, architecture and weights: all that the numbers follow from."""
+    digest = hashlib.sha256()
+    settings = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16)
+    digest.update(repr(settings).encode())
+    digest.update(model.config.to_json_string(use_diff=False).encode())  # such as the RoPE's base
+    for column in token_columns(dataset):
+        for ids in column:
+            digest.update(np.asarray(ids, dtype=np.int32).tobytes() + b"|")
+    own = ".ref." if "ref" in getattr(model, "peft_config", {}) else None
+    for key, tensor in model.state_dict().items():
+        if "lora_" in key and not (own and own in key):
+            continue  # switched off in the reference
+        digest.update(f"{key} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def save(file: Path, columns: dict[str, np.ndarray]) -> None:
+    """Write the columns, float32 of shape (pairs,), in one step: a kill leaves no half file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".part").open("wb") as part:
+        np.savez(part, **columns)
+    file.with_suffix(".part").rename(file)
+
+
+def load(file: Path) -> Dataset:
+    """The columns of `file`, to be put beside the pairs."""
+    kept = np.load(file)
+    return Dataset.from_dict({column: kept[column] for column in COLUMNS})

@@ -1,0 +1,145 @@
+"""TRL's `DPOTrainer` over a forward that runs each prompt once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from peft import PeftModel
+from trl import DPOTrainer
+
+from scripts.sharing import reference
+from scripts.sharing.forward import log_probs_only, share_prefixes
+from scripts.sharing.lora import fuse_adapter, unfuse_adapter
+from scripts.sharing.support import PrefixSharingError, disagreement, leak, scores
+
+# Of the pairs that both ways are compared on: so many, and so many tokens of each part.
+PROOF = {"pairs": 2, "prompt": 48, "answer": 32}
+
+
+class PrefixSharedDPOTrainer(DPOTrainer):
+    """TRL's `DPOTrainer`, each prompt run once and nothing padded.
+
+    Before anything is trained, two short pairs of the data go both ways, TRL's and this one. If
+    log-probabilities or gradients differ, or the model is of a kind that cannot share, training
+    goes TRL's way, and a line says why; `refusal` holds the reason, or None.
+
+    With `precompute_ref_log_probs` the reference's log-probabilities are kept on disk under a key
+    of its weights and of the tokens, and later runs read them. See
+    https://huggingface.co/docs/trl/dpo_trainer for everything else.
+    """
+
+    def __init__(self, *args, prefix_attention: str = "segments", **kwargs) -> None:
+        self.prefix_attention, self.refusal = prefix_attention, None
+        self._undo: list[Callable[[], None]] | None = None
+        super().__init__(*args, **kwargs)
+        self._share_if_equal()
+
+    def _share_if_equal(self) -> None:
+        """Share prefixes, unless the model cannot or gives other numbers that way."""
+        if self._undo is not None:  # done already, before reference log-probabilities were computed
+            return
+        self._undo = []
+        try:
+            if self._is_vlm or self.aux_loss_enabled:
+                kind = "vision" if self._is_vlm else "mixture-of-experts"
+                raise PrefixSharingError(f"prefix_sharing: {kind} models are not supported")
+            if self.args.torch_compile:
+                raise PrefixSharingError("prefix_sharing: torch_compile is not supported")
+            self._share_and_compare()
+        except PrefixSharingError as error:
+            self._unshare()
+            self.refusal = str(error)
+            if self.accelerator.is_main_process:
+                print(f"{error}. Training goes TRL's own way, slower and in more memory.")
+
+    def _share_and_compare(self) -> None:
+        """Score a small batch TRL's way, then this way; raise if they differ."""
+        model, proof = self.model, self._proof_batch()
+        training = model.training
+        # In training mode, which 4-bit layers ask for; but dropout would differ by itself.
+        model.train(self.args.disable_dropout)
+        stock = scores(model, proof, self.accelerator) if proof else None
+        self._share()
+        if proof:
+            shared = scores(model, proof, self.accelerator)
+            leaked = leak(model, proof, self.accelerator)
+            sixteen = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
+            if difference := disagreement(stock, shared, leaked, sixteen):
+                name = type(self._base(model)).__name__
+                raise PrefixSharingError(f"prefix_sharing gives {name} other numbers: {difference}")
+        model.train(training)
+
+    @staticmethod
+    def _base(model):
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def _share(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        for one in (model, self.ref_model and self.accelerator.unwrap_model(self.ref_model)):
+            if one is None:
+                continue
+            if any(c.is_prompt_learning for c in getattr(one, "peft_config", {}).values()):
+                raise PrefixSharingError("prefix_sharing: prompt tuning is not supported; use LoRA")
+            self._undo.append(share_prefixes(self._base(one), self.prefix_attention))
+            fuse_adapter(one)
+            self._undo.append(lambda one=one: unfuse_adapter(one))
+
+    def _unshare(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _proof_batch(self) -> dict | None:
+        """Two short pairs of the data on the model's device; None where weights are sharded."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        sizes = PROOF["prompt"], PROOF["answer"]
+        rows = [
+            {
+                "prompt_ids": row["prompt_ids"][-sizes[0] :],
+                "chosen_ids": row["chosen_ids"][: sizes[1]],
+                "rejected_ids": row["rejected_ids"][: sizes[1]],
+            }
+            for row in islice(self.train_dataset, PROOF["pairs"])
+        ]
+        return self._prepare_inputs(self.data_collator(rows))
+
+    def compute_ref_log_probs(self, model, inputs):
+        """TRL's, log-probabilities only."""
+        with log_probs_only():
+            return super().compute_ref_log_probs(model, inputs)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        """TRL's, with the reference scored beforehand by the method above."""
+        if self.precompute_ref_logps:
+            return super()._compute_loss(model, inputs, return_outputs)
+        scored = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        self.precompute_ref_logps = True
+        try:
+            known = dict(zip(reference.COLUMNS, scored, strict=True))
+            return super()._compute_loss(model, {**inputs, **known}, return_outputs)
+        finally:
+            self.precompute_ref_logps = False
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """TRL's pass over the reference, longest pairs first; or what an earlier run has kept."""
+        self._share_if_equal()  # TRL calls this while it is still being built
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        file = reference.cache_folder() / f"{reference.cache_key(model, dataset, self.args)}.npz"
+        if not file.exists():
+            columns = reference.token_columns(dataset)
+            sizes = [sum(map(len, ids)) for ids in zip(*columns, strict=True)]
+            order = np.argsort(sizes)[::-1]  # what does not fit in memory fails at once
+            scored = super()._precompute_ref_logps(dataset.select(order), name, batch_size)
+            if self.accelerator.is_main_process:
+                kept = {k: np.empty(len(order), np.float32) for k in reference.COLUMNS}
+                for column, values in kept.items():
+                    values[order] = scored[column]
+                reference.save(file, kept)
+            self.accelerator.wait_for_everyone()
+        return concatenate_datasets([dataset, reference.load(file)], axis=1)
