@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from scripts.cli import ROOT
-from scripts.launchable import client
+from scripts.launchable import client, publishing
 from scripts.launchable.console import by_hand
 from scripts.launchable.definition import LaunchableError, load
 from scripts.launchable.rendering import START_SCRIPT, render, repository
@@ -312,17 +312,17 @@ def api(loopback, monkeypatch, tmp_path):
 
 
 def publish(body, existing=None):
-    return client.publish(body, "org-1", TOKEN, existing)
+    return publishing.publish(body, "org-1", TOKEN, existing)
 
 
 @pytest.mark.parametrize("suffix", ["/api", "", "/api/", "/"])
 def test_create_and_update_are_read_back_as_brev_keeps_them(api, body, suffix):
     brev = Brev()
     api(brev, suffix=suffix)
-    assert publish(body) == client.Published("env-1", [])
+    assert publish(body) == publishing.Published("env-1", [])
     assert brev.kept["env-1"]["viewAccess"] == "public"
     changed = body | {"description": "Another description.", "viewAccess": "x"}
-    assert publish(changed, "env-1") == client.Published("env-1", [])
+    assert publish(changed, "env-1") == publishing.Published("env-1", [])
     assert brev.kept["env-1"]["description"] == "Another description."
     assert brev.kept["env-1"]["viewAccess"] == "public"  # an edit does not touch it
     assert brev.asked.count("/launchables/env-1") == 2
@@ -335,7 +335,7 @@ def test_a_set_up_script_is_read_back_by_its_id(api, values):
     values["buildRequest"] = {"vmBuild": {"lifeCycleScriptAttr": attr}}
     assert publish(render(values, REPO)).remarks == []
     brev.scripts["ls-1"] = "#!/bin/bash\necho other\n"
-    kept = client.read_back("env-1", TOKEN)
+    kept = publishing.read_back("env-1", TOKEN)
     assert kept["buildRequest"]["vmBuild"]["lifeCycleScriptAttr"]["script"].endswith("other\n")
 
 
@@ -372,7 +372,7 @@ def test_what_was_saved_otherwise_is_noticed(api, body):
 
 
 def test_differences_minds_what_was_asked_for_only():
-    differences = client.differences
+    differences = publishing.differences
     assert differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2, "c": 3}], "d": 4}) == []
     assert differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a[1].b is '3'"]
     assert differences({"a": [1]}, {"a": []}) == ["a is '[]'"]
@@ -512,14 +512,14 @@ def test_an_api_key_is_sent_as_the_login(api, body, tmp_path):
     assert client.login() == client.Login("bak-secret", "org-1")
     seen = []
     api(Brev(), seen)
-    client.publish(body, "org-1", client.login().token)
+    publishing.publish(body, "org-1", client.login().token)
     assert len(seen) == 3
     assert {headers["Authorization"] for headers in seen} == {"Bearer bak-secret"}
 
 
 def placed(name, **more):
     workspace = {"instanceType": name, "storage": "100"} | more
-    return client.place(workspace, "org-1", TOKEN), workspace
+    return publishing.place(workspace, "org-1", TOKEN), workspace
 
 
 def test_the_provider_is_looked_up_for_the_instance_type(api):
@@ -558,7 +558,7 @@ def test_the_newer_listing_is_read_where_the_older_is_gone(api, loopback, monkey
     api(lambda path, sent: answer({}, 404))
     monkeypatch.setenv("BREV_PUBLIC_API_URL", loopback(catalog))
     assert placed("hyperstack_A100_80G")[1]["cloudCredId"] == "cc-1"
-    assert asked == [(client.CATALOG, "org-1")]
+    assert asked == [(publishing.CATALOG, "org-1")]
 
 
 # --- The command -------------------------------------------------------------------------------

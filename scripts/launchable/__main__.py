@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.cli import command
-from scripts.launchable import client
+from scripts.launchable import client, publishing
 from scripts.launchable.console import by_hand, how_to_deploy
 from scripts.launchable.definition import FILE, LaunchableError, load
 from scripts.launchable.rendering import render, repository
@@ -61,9 +61,9 @@ def publish(body: dict[str, Any], args: argparse.Namespace) -> None:
         raise LaunchableError(f"{args.action} needs --org org-…: `brev ls orgs` lists yours")
     remarks = []
     if not (args.workspace_group or args.cloud_cred):
-        remarks = client.place(body["createWorkspaceRequest"], org, login.token)
+        remarks = publishing.place(body["createWorkspaceRequest"], org, login.token)
     existing = args.id if args.action == "update" else None
-    published = client.publish(body, org, login.token, existing)
+    published = publishing.publish(body, org, login.token, existing)
     print(f"{published.id} is saved in {org}" + ("" if published.remarks else ", as it was sent"))
     for remark in remarks + published.remarks:
         print(f"remark: {remark}")
@@ -77,7 +77,7 @@ def main() -> None:
             token = client.login().token
         except LaunchableError:
             token = None  # a public one is shown to anybody
-        print(json.dumps(client.read_back(args.id, token), indent=2))
+        print(json.dumps(publishing.read_back(args.id, token), indent=2))
         return
     values = load(args.file)
     if args.action == "validate":
