@@ -27,7 +27,7 @@ COMMANDS = {
     "evaluate": "measure a finished run's tuned model against its base model",
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
-    "acceptance": "prove on a GPU machine, in twenty minutes, what this project claims of one",
+    "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
     "launchable": "check, render, create and update the Brev launchable",
 }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from scripts.acceptance.budget import ROOT, Budget, PartError
+from scripts.acceptance.budget import Budget, PartError
 from scripts.acceptance.report import Row
 
 NO_GPU = "no GPU here"
@@ -120,11 +120,12 @@ def plan(run: Context) -> list[Row]:
     note = f"plan {found['planned']:.2f} GB, {off:+.1%}; pairs of {lengths}"
     rows = [] if run.cuda else [Row(part, "peak of an 8B step", "open", note=NO_GPU)]
     name = "peak of a step, paged memory included" if run.cuda else "peak of a tiny step, process"
-    met = abs(off) <= MEASURED_OFF
+    # A tiny model's step is mostly the process itself: `scripts.plan validate` is a CPU's test.
+    met = abs(off) <= MEASURED_OFF if run.cuda else None
     rows.append(Row(part, name, "measured", found["measured"], "GB", met, note))
     if run.cuda:
         rows.append(Row(part, "of it paged", "measured", found["paged"], "GB"))
-    return rows
+    return [*rows, Row(part, "seconds of two steps", "measured", found["seconds"], "s")]
 
 
 def benchmark(run: Context) -> list[Row]:
@@ -142,9 +143,13 @@ def benchmark(run: Context) -> list[Row]:
         failed = [one["error"] for one in runs if "error" in one]
         if failed:
             return [*rows, Row(part, f"{name}, {case}", "open", met=False, note=failed[0])]
-        for key, unit in (("pairs_per_second", "pairs/s"), ("peak_gb", "GB")):
+        for key, what, unit in (
+            ("pairs_per_second", "pairs", "1/s"),
+            ("peak_gb", "peak memory", "GB"),
+            ("share_of_limit", "share of the matmul limit", ""),
+        ):
             best[key, name] = float(median(one[key] for one in runs))
-            rows.append(Row(part, f"{name}, {case}", "measured", best[key, name], unit))
+            rows.append(Row(part, f"{name}, {case}: {what}", "measured", best[key, name], unit))
     for key, name in (("pairs_per_second", "speed"), ("peak_gb", "memory")):
         ratio = best[key, "shared"] / best[key, "trl"]
         met = (ratio > 1 if name == "speed" else ratio < 1) if run.cuda else None
@@ -164,11 +169,10 @@ def end_to_end(run: Context) -> list[Row]:
     said = run.command(part, "scripts.run", *call, most=1000)
     minutes = float(re.findall(r"Done in ([\d.]+) minutes", said)[-1])
     rows = [] if run.cuda else [Row(part, "the short 8B config", "open", note=NO_GPU)]
-    rows.append(Row(part, "notebook, every cell", "measured", minutes, "minutes", True, run.note))
+    rows.append(Row(part, "the notebook, every cell", "measured", minutes, "min", True, run.note))
     rows += training_rows(part, folder) + memory_rows(part, folder)
     figures = json.loads((folder / "evaluation.json").read_text())
-    rows.append(Row(part, "prompts evaluated", "measured", figures["prompts"]))
-    return rows
+    return rows + evaluation_rows(part, figures)
 
 
 def training_rows(part: str, folder: Path) -> list[Row]:
@@ -178,7 +182,7 @@ def training_rows(part: str, folder: Path) -> list[Row]:
     first = abs(losses[0] - math.log(2)) < 0.01
     return [
         Row(part, "loss of the first step", "measured", losses[0], "nats", first, "ln 2 = 0.693"),
-        Row(part, f"loss of step {len(losses)}", "measured", losses[-1], "nats",
+        Row(part, f"loss of log {len(losses)}, the last", "measured", losses[-1], "nats",
             math.isfinite(losses[-1])),
     ]  # fmt: skip
 
@@ -190,6 +194,18 @@ def memory_rows(part: str, folder: Path) -> list[Row]:
         for row in csv.DictReader(file):
             peaks[row["phase"]] = max(peaks.get(row["phase"], 0.0), float(row["gb"]))
     return [Row(part, f"peak of {phase}", "measured", gb, "GB") for phase, gb in peaks.items()]
+
+
+def evaluation_rows(part: str, figures: dict) -> list[Row]:
+    """Before and after, as `evaluation.json` has it; the interval of a change in the note."""
+    rows = [Row(part, "prompts evaluated", "measured", figures["prompts"])]
+    for measure, sides in figures["measures"].items():
+        for side, found in sides.items():
+            note = f"[{found['low']:.3g}, {found['high']:.3g}]"
+            rows.append(Row(part, f"{measure}, {side}", "measured", found["mean"], note=note))
+    for name in ("reward_accuracy", "reward_margin"):
+        rows.append(Row(part, name.replace("_", " "), "measured", figures[name]["mean"]))
+    return rows
 
 
 # In this order: what a GPU alone can tell comes before what takes long.
@@ -207,6 +223,3 @@ def facts(folder: Path, budget: Budget) -> dict:
     """What machine this is, from a process that may import torch."""
     call = ["-m", "scripts.acceptance.jobs", json.dumps(["facts"])]
     return json.loads(budget.run(call, folder / "logs" / "facts.log", 120).strip().splitlines()[-1])
-
-
-__all__ = ["PARTS", "ROOT", "Context", "facts"]
