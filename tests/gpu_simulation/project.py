@@ -20,6 +20,8 @@ SHORT = {
     "max_steps": 2, "gradient_accumulation_steps": 2, "report_to": "none", "logging_steps": 1000,
     "eval_strategy": "no", "save_strategy": "no", "dataloader_pin_memory": False,
 }  # fmt: skip
+# Comparisons of numbers, which a tensor without data has none of: (where, name, what to take).
+CHECKS: list[tuple] = []
 OUTPUT = str(Path(tempfile.gettempdir()) / "gpu-simulation-run")
 
 

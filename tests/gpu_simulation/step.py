@@ -14,6 +14,8 @@ from bitsandbytes import functional as bnb_functional
 from bitsandbytes.backends.cuda import ops as bnb_cuda
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.attention.bias import CausalBias
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.quantizers import AutoHfQuantizer
 from triton.runtime.jit import JITFunction
@@ -37,11 +39,16 @@ def stand_ins(ledger: Ledger):
         with ledger.belongs("paged"):
             return torch.empty(shape, dtype=dtype, device="cuda")
 
+    def mask(cls, *args):
+        with _disable_current_modes():  # it is made of an empty tensor, as no mode allows
+            return new_mask(cls, *args)
+
     nothing = lambda *args, **kwargs: None  # noqa: E731
-    update_layer = LoraLayer.update_layer
+    update_layer, new_mask = LoraLayer.update_layer, CausalBias.__new__
     with ExitStack() as stack:
         replace = lambda *args: stack.enter_context(patch.object(*args))  # noqa: E731
         replace(LoraLayer, "update_layer", on_gpu)
+        replace(CausalBias, "__new__", mask)
         replace(JITFunction, "run", nothing)  # Triton's launches write into what they are given
         replace(chunked_logprob, "_addmm_fp32", nothing)
         replace(bnb_cuda, "_dequantize_4bit_impl", nothing)
@@ -49,6 +56,8 @@ def stand_ins(ledger: Ledger):
         replace(bnb_functional, "get_paged", paged)
         replace(bnb_functional, "fill", nothing)
         replace(bnb_functional, "prefetch_tensor", nothing)
+        for replacement in project.CHECKS:
+            replace(*replacement)
         # All is where it belongs already.
         replace(nn.Module, "to", lambda self, *args, **kwargs: self)
         yield
