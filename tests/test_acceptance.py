@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from scripts.acceptance import __main__ as acceptance
+from scripts.acceptance import jobs
 from scripts.acceptance.budget import Budget, PartError
 from scripts.acceptance.parts import Context, gpu_tests, outcomes, plan, simulation
 from scripts.acceptance.report import Report, Row
@@ -130,13 +131,31 @@ def test_the_options_load_no_library():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_tiny_llama_is_measured_beside_its_plan(run):
+    """The work of the parts `prepare` and `plan` on a CPU, in this process."""
+    found = jobs.prepare(run.config, {}, str(run.folder / "model"), cuda=False)
+    assert found["note"] == "a tiny random Llama"
+    small = {"max_length": 32, "per_device_train_batch_size": 2, "output_dir": str(run.folder)}
+    measured = jobs.plan_against_measured(run.config, found["overrides"] | small)
+    assert tuple(measured["lengths"]) == (8, 24, 24)
+    assert measured["paged"] == 0 and 0.3 < measured["measured"] < 8
+    assert measured["planned"] == pytest.approx(measured["measured"], rel=0.5)
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scripts.acceptance", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_no_time_is_one_line_and_a_failure(tmp_path):
+    done = call("--minutes", "0", "--output-dir", str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: not begun: the time was used up\n"
+
+
+@pytest.mark.slow
 def test_the_command_measures_what_there_is(tmp_path):
-    """A tiny Llama through the real parts `prepare` and `plan`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.acceptance", "--device", "cpu", "--parts", "plan",
-         "--output-dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    done = call("--device", "cpu", "--parts", "plan", "--output-dir", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     saved = json.loads((tmp_path / "acceptance.json").read_text())
     rows = {row["name"]: row for row in saved["rows"]}

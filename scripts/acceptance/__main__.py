@@ -5,7 +5,8 @@
 It prepares the model, holds the plan against two measured steps, runs the GPU-marked tests, the
 benchmark against TRL's trainer and the notebook with the short 8B config. Without a GPU the same
 parts run on a tiny Llama, and the report says which figures are open. `acceptance.json` and
-`acceptance.md` are written after every part; a part that fails does not stop the others.
+`acceptance.md` are written after every part; a part that fails does not stop the others. Beside
+them stay logs, the run's folder and, where Llama 3 was not to be had, 16 GB of random weights.
 
 Exit codes: 0, all that could run here is as it should be; 1, something is not, or the time was up.
 """

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from scripts.cli import ROOT, RecipeError
 
 
-class PartError(Exception):
+class PartError(RecipeError):
     """A part did not come to its end; the message is one line."""
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
 
 from scripts.benchmark import make_trainer
 from scripts.config import load_config
@@ -50,6 +51,8 @@ def prepare(config: str, given: dict, folder: str, cuda: bool) -> dict:
         overrides["model_name_or_path"] = random_model(TINY, Path(folder), "cpu")
     elif hub_state(name, revision) in ("local", "open", "granted", "cached"):
         notes.append(name)
+        if not Path(name).is_dir():  # now, since every part after this one counts its own time
+            snapshot_download(name, revision=revision, ignore_patterns=["original/*"])
     else:
         notes.append(f"{name}'s architecture with random weights (no access)")
         shape = architecture(cfg).to_dict()
@@ -63,8 +66,6 @@ def prepare(config: str, given: dict, folder: str, cuda: bool) -> dict:
 
 def reachable(dataset: str) -> bool:
     """Whether the hub answers about a dataset."""
-    from huggingface_hub import HfApi
-
     try:
         return HfApi().dataset_info(dataset, timeout=10) is not None
     except Exception:  # no network, no such dataset: either way it cannot be taken
