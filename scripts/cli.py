@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "measure a finished run's tuned model against its base model",
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
+    "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
     "launchable": "check, render, create and update the Brev launchable",
 }
 
@@ -125,9 +126,19 @@ def _benchmark(parser: argparse.ArgumentParser) -> None:
     add("--child", help=argparse.SUPPRESS)  # one measurement, in a process of its own
 
 
+def _acceptance(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    parser.set_defaults(config=None)  # the short 8B config on a GPU, else the default
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what to run on")
+    add("--minutes", type=float, default=20, help="stop after so long")
+    add("--parts", nargs="*", help="only these: prepare, plan, tests, simulation, benchmark, "
+        "'end to end'")  # fmt: skip
+
+
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run,
     "plan": _plan,
     "data build": _build,
     "benchmark": _benchmark,
+    "acceptance": _acceptance,
 }

@@ -1,0 +1,1 @@
+"""What a GPU machine proves in twenty minutes: `python -m scripts.acceptance`."""

@@ -1,0 +1,51 @@
+"""All that the simulation asks of the project's helpers, in one place."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from scripts import plan as planning
+from scripts.benchmark import random_pairs
+from scripts.config import Config, load_config, parse_overrides
+from scripts.plan import architecture, worst_lengths
+from scripts.quiet import quiet
+from scripts.training import build_trainer
+from tests import conftest
+
+__all__ = ["architecture", "config", "plan", "trainer", "worst_lengths"]
+
+# Two micro-batches a step and two steps: the last runs beside gradients and the optimiser's state.
+SHORT = {
+    "max_steps": 2, "gradient_accumulation_steps": 2, "report_to": "none", "logging_steps": 1000,
+    "eval_strategy": "no", "save_strategy": "no", "dataloader_pin_memory": False,
+}  # fmt: skip
+# Comparisons of numbers, which a tensor without data has none of: (where, name, what to take).
+CHECKS: list[tuple] = []
+OUTPUT = str(Path(tempfile.gettempdir()) / "gpu-simulation-run")
+
+
+def config(name: str, overrides: list[str]) -> Config:
+    """The config's own values but for how long it runs and what it writes."""
+    quiet()
+    return load_config(name, SHORT | {"output_dir": OUTPUT} | parse_overrides(overrides))
+
+
+def trainer(cfg: Config, model, tokenizer, lengths: tuple[int, int, int]):
+    """The project's trainer over random pairs of these lengths."""
+    from datasets import Dataset, DatasetDict
+
+    one = Dataset.from_list([conftest.explicit(*conftest.PAIRS[0])])
+    made = build_trainer(cfg, model, tokenizer, DatasetDict({"train": one, "test": one}))
+    count = cfg.dpo.per_device_train_batch_size * 4
+    made.train_dataset = random_pairs(1000, lengths, count)
+    return made
+
+
+def plan(cfg: Config, lengths: tuple[int, int, int]) -> dict[str, dict[str, float]]:
+    """The plan's GB by phase and part, without the CUDA context."""
+    phases = planning.phases(cfg, planning.shape(cfg), lengths, True, 0)
+    return {
+        name: {part: size / planning.GB for part, size in parts.items() if part != "runtime"}
+        for name, parts in phases.items()
+    }
