@@ -46,9 +46,10 @@ def command(main: Callable[..., None], *arguments) -> None:
 
 def argument_parser(name: str, **more) -> argparse.ArgumentParser:
     """A parser with the options that every command over a config shares."""
+    purpose = COMMANDS[name.split()[0]]
     parser = argparse.ArgumentParser(
         prog=f"python -m scripts.{name}",
-        description=(COMMANDS.get(name.split()[0]) or "").capitalize() + ".",
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         **more,
     )

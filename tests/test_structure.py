@@ -16,7 +16,7 @@ ORDER = [
     "cli", "config", "measures", "pairs.reading", "plots", "monitoring", "login", "model",
     "generation", "pairs.building", "data", "sharing", "adapter", "training", "planning",
     "preflight", "evaluate", "export", "plan", "benchmark", "run",
-    "selfcheck",
+    "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {"scripts.pairs.build", "scripts.pairs.judges"}  # the part of pairs that needs a model
 APART = {"launchable"}  # a room that only the first may serve

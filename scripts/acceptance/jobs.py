@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, snapshot_download
 
-from scripts.benchmark import make_trainer
 from scripts.config import load_config
-from scripts.hub import hub_state
-from scripts.memory import MemoryMonitor
-from scripts.plan import GB, architecture, needs, worst_lengths
-from scripts.training import describe_machine
+from scripts.login import hub_state
+from scripts.monitoring.folder import describe_machine
+from scripts.monitoring.memory import MemoryMonitor
+from scripts.planning.hardware import needs
+from scripts.planning.lengths import worst_lengths
+from scripts.planning.memory import GB, architecture
+from scripts.planning.trial import trial_trainer
 
 STEPS = {"max_steps": 2, "gradient_accumulation_steps": 2, "report_to": "none",
          "save_strategy": "no", "eval_strategy": "no", "logging_steps": 1}  # fmt: skip
@@ -30,11 +32,11 @@ TINY = {
 
 def facts() -> dict:
     """The machine, as a run's own `environment.json` tells it."""
-    found = describe_machine()
+    machine = describe_machine()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found["GPU memory"] = f"{properties.total_memory / GB:.1f} GB"
-    return found | {"cuda": torch.cuda.is_available(), "CUDA build": torch.version.cuda or "no"}
+        machine["GPU memory"] = f"{properties.total_memory / GB:.1f} GB"
+    return machine | {"cuda": torch.cuda.is_available(), "CUDA build": torch.version.cuda or "no"}
 
 
 def prepare(config: str, given: dict, folder: str, cuda: bool) -> dict:
@@ -43,7 +45,7 @@ def prepare(config: str, given: dict, folder: str, cuda: bool) -> dict:
     On a GPU the config's own, where the hub gives them to this token; else the same architecture
     with random weights, and the project's pairs. On a CPU a tiny Llama with Llama 3's vocabulary.
     """
-    cfg = load_config(config, given, elsewhere=True)
+    cfg = load_config(config, given, may_lack_gpu=True)
     overrides, notes = {}, []
     name, revision = cfg.model.model_name_or_path, cfg.model.model_revision
     if not cuda:
@@ -99,7 +101,7 @@ def plan_against_measured(config: str, overrides: dict) -> dict:
     monitor = MemoryMonitor(interval=0.02)
     monitor.phase("load")
     count = 4 * cfg.dpo.per_device_train_batch_size
-    trainer = make_trainer(cfg, worst_lengths(cfg), count)
+    trainer = trial_trainer(cfg, worst_lengths(cfg), count)
     monitor.phase("step")
     started = time.monotonic()
     trainer.train()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from scripts import plan as planning
-from scripts.benchmark import random_pairs
+import scripts.sharing.trainer
 from scripts.config import Config, load_config, parse_overrides
-from scripts.plan import architecture, worst_lengths
-from scripts.quiet import quiet
+from scripts.monitoring.quiet import quiet
+from scripts.planning import memory as planning
+from scripts.planning.lengths import worst_lengths
+from scripts.planning.memory import architecture
+from scripts.planning.trial import random_pairs
 from scripts.training import build_trainer
 from tests import conftest
 
@@ -21,7 +23,7 @@ SHORT = {
     "eval_strategy": "no", "save_strategy": "no", "dataloader_pin_memory": False,
 }  # fmt: skip
 # Comparisons of numbers, which a tensor without data has none of: (where, name, what to take).
-CHECKS: list[tuple] = []
+CHECKS: list[tuple] = [(scripts.sharing.trainer, "disagreement", lambda *scores: None)]
 OUTPUT = str(Path(tempfile.gettempdir()) / "gpu-simulation-run")
 
 
