@@ -23,6 +23,7 @@ from urllib3.util import Retry
 from scripts.config import RecipeError
 from scripts.measures.text import fact_recall, repeated_ngram_share
 from scripts.model import load_tokenizer
+from scripts.pairs.tokens import tokenize_conversations
 
 
 class JudgeError(RecipeError):
@@ -117,20 +118,22 @@ class RewardModel:
             raise JudgeError(
                 f"{path} gives {self.model.config.num_labels} numbers, a reward model gives one"
             )
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # it scores the last token
+        # With a pad token, transformers reads the score at the last token that is not one. Where
+        # the end of turn pads too, that is the token before it. With none, it is the last token.
+        self.model.config.get_text_config().pad_token_id = None
         self.model.eval()
 
     @torch.no_grad()
     def scores(self, prompt: dict, texts: list[str]) -> list[float]:
-        """The rewards of `texts` as answers to `prompt`."""
-        talks = [
-            self.tokenizer.apply_chat_template(
-                [*prompt["messages"], {"role": "assistant", "content": text}], tokenize=False
-            )
-            for text in texts
+        """The rewards of `texts` as answers to `prompt`, read at the last token of each talk.
+
+        One at a time, without padding: no pad token can then be taken for the end of turn.
+        """
+        talks = [[*prompt["messages"], {"role": "assistant", "content": text}] for text in texts]
+        return [
+            self.model(torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
+            for ids in tokenize_conversations(talks, self.tokenizer)
         ]
-        inputs = self.tokenizer(talks, return_tensors="pt", padding=True, add_special_tokens=False)
-        return self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
 
     def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
         scores = self.scores(prompt, [a["text"] for a in answers])
