@@ -11,9 +11,9 @@ from conftest import explicit, write_jsonl
 from scripts.cli import ROOT
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
-from scripts.pairs.build import read_jsonl
 from scripts.pairs.checks import KINDS
 from scripts.pairs.load import check_preferences
+from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.report import by_kind, length_bias, report_text
 from scripts.pairs.sources import read_file
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from scripts.model import load_tokenizer
 from scripts.pairs.build import judge_answers
@@ -55,17 +55,6 @@ def test_the_rule_works_without_facts():
     answers = [answer("Paris.", 3), answer("Well, let us begin with history.", 40)]
     (pair,) = rank({"id": "x", "messages": MESSAGES}, [*answers, answer("So so. " * 20, 90)])
     assert (pair.kind, pair.chosen["tokens"], pair.rejected["tokens"]) == ("concise", 40, 90)
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tiny_llama3, tmp_path_factory):
-    """A tiny random reward model with the tiny tokenizer."""
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(tiny_llama3, num_labels=1)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    load_tokenizer(str(tiny_llama3)).save_pretrained(folder)
-    return folder
 
 
 TEXTS = ["Paris.", "It is Paris, of course.", "Lyon, I believe, or was it Nice?", "No."]

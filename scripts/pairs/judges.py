@@ -1,12 +1,14 @@
 """Judges: given one prompt and the answers sampled to it, say which of them make a pair.
 
-A judge is a callable `(prompt, answers) -> [Preference]` with a `name`; ties give no pair. `prompt`
-has `messages` and perhaps `facts`; an answer has `text`, `tokens`, `finished` and `style`.
-A judge's `workers` is how many prompts it can be asked about at a time.
+A judge is a callable `(prompt, answers) -> [Preference]`; ties give no pair. `prompt` has
+`messages` and perhaps `facts`; an answer has `text`, `tokens`, `finished` and `style`. A judge has
+a `name`, `settings` (all that its verdicts depend on, prompt and answers aside), and `workers`: how
+many prompts it can be asked about at a time.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -23,6 +25,7 @@ from urllib3.util import Retry
 from scripts.config import RecipeError
 from scripts.measures.text import fact_recall, repeated_ngram_share
 from scripts.model import load_tokenizer
+from scripts.pairs.provenance import weights_state
 from scripts.pairs.tokens import tokenize_conversations
 
 
@@ -53,6 +56,11 @@ class Rule:
     """
 
     name, workers = "rule", 1
+
+    @property
+    def settings(self) -> dict:
+        """The rule is its code: after any change of it, prompts are judged anew."""
+        return {"judge": self.name, "code": inspect.getsource(Rule)}
 
     def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
         answers = [
@@ -105,7 +113,7 @@ class RewardModel:
 
     def __init__(self, path: str, device: str | torch.device = "cpu", least_gap: float = 0.0):
         self.name, self.workers = f"reward:{path}", 1
-        self.least_gap = least_gap
+        self.path, self.least_gap = path, least_gap
         try:
             self.tokenizer = load_tokenizer(path)
             self.model = AutoModelForSequenceClassification.from_pretrained(
@@ -122,6 +130,12 @@ class RewardModel:
         # the end of turn pads too, that is the token before it. With none, it is the last token.
         self.model.config.get_text_config().pad_token_id = None
         self.model.eval()
+
+    @property
+    def settings(self) -> dict:
+        """Name, weights and number format of the model, and `least_gap`."""
+        settings = {"judge": self.name, "weights": weights_state(self.path)}
+        return settings | {"dtype": str(self.model.dtype), "least_gap": self.least_gap}
 
     @torch.no_grad()
     def scores(self, prompt: dict, texts: list[str]) -> list[float]:
@@ -183,6 +197,12 @@ class Endpoint:
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))
         if key := os.environ.get("OPENAI_API_KEY"):
             self.session.headers["Authorization"] = f"Bearer {key}"
+
+    @property
+    def settings(self) -> dict:
+        """The model's name, the question and the number of pairs; not the URL, which is where the
+        same model happens to be served."""
+        return {"judge": self.name, "pairs": self.pairs, "question": QUESTION, "temperature": 0}
 
     def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
         distinct = list({a["text"]: a for a in answers if a["finished"] and a["text"]}.values())
