@@ -52,7 +52,8 @@ def generate_replies(
         **({"top_k": 0} | sampling if sampling else {}),
     )  # fmt: skip
     rows = tokenize_prompts(prompts, tokenizer, options)
-    order = sorted(range(len(rows)), key=lambda i: sum(len(m["content"]) for m in prompts[i]))
+    texts = tokenizer.batch_decode(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(texts[i]))
     replies: dict[int, Reply] = {}
     training, start = model.training, time.monotonic()
     model.eval()

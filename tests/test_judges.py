@@ -237,8 +237,8 @@ def test_an_answer_that_breaks_off_on_the_way_is_asked_for_again(loopback):
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_refusal_is_not_repeated_and_says_what_to_do(loopback, status):
     server = Recorder(then=lambda path, body: (status, {}, b'{"error": "no"}'))
-    cure = r" \(set OPENAI_API_KEY\)" if status in (401, 403) else ""
-    with pytest.raises(JudgeError, match=rf"said {status}{cure}: .*no"):
+    fix = r" \(set OPENAI_API_KEY\)" if status in (401, 403) else ""
+    with pytest.raises(JudgeError, match=rf"said {status}{fix}: .*no"):
         endpoint(loopback(server))(PROMPT, TWO)
     assert server.count == 1
 

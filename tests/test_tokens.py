@@ -111,6 +111,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
 def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     torch.manual_seed(0)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    size["initializer_range"] = 1.0  # so that every token of the prompt shows in the answer
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **size))
 
 
@@ -265,3 +266,23 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tiny_cfg, tmp_pat
     ]
     assert [row["prompt"] for row in pairs["train"]] == [ROWS[0]["prompt"], ROWS[2]["prompt"]]
     assert report.lengths["train"].shape == (2, 3)
+
+
+def test_replies_are_to_the_prompt_with_its_rows_options():
+    tokenizer = tokenizer_of("qwen, thinking can be switched off")
+    model = tiny_model(tokenizer)
+    options = [{"tools": TOOLS, "enable_thinking": False}, {"tools": None}]
+    prompts = [ROWS[0]["prompt"]] * 2
+    replies = generate_replies(
+        model, tokenizer, prompts, options=options, max_new_tokens=8, batch_size=2
+    )
+    for reply, prompt, more in zip(replies, prompts, options, strict=True):
+        text = tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True, **more
+        )
+        inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        ids = model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=tokenizer.eos_token_id
+        )[0]
+        assert reply.ids == ids[inputs["input_ids"].shape[1] :].tolist()
+    assert replies[0].ids != replies[1].ids

@@ -29,7 +29,7 @@ def weights_state(path: str, revision: str = "main") -> str:
     """What tells one state of a model from another: of a model on the hub, its commit; of a folder,
     a digest of its files.
 
-    They are read whole, about 10 s for an 8B model: training may change any part of a file and
+    They are read whole, at 0.7 GB/s on one core: training may change any part of a file and
     leave its size, and a time would change when a folder is copied.
     """
     folder = Path(path)
