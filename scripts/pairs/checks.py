@@ -1,7 +1,8 @@
 """What can be wrong with a preference pair, how to tell, and how to fix it.
 
-`KINDS` names every finding. A *bad* row cannot be trained on, or would teach the wrong thing; it is
-an error or is dropped (`on_bad_rows`). The others are remarks: the row is used.
+`KINDS` lists every kind of finding. A *bad* row cannot be trained on, or would teach the wrong
+thing: the config's `on_bad_rows` says whether it stops the run or is left out. The other findings
+are remarks on rows that are used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KINDS: dict[str, Kind] = {
     "unreadable": Kind(True, "not a row at all", "correct the line, or export the file anew"),
     "encoding": Kind(True, "wrongly decoded text", "export the source as UTF-8; do not patch it"),
     "missing": Kind(True, "a field is missing or null", "fill it in; see dataset_columns"),
-    "type": Kind(True, "a value that is not text", "write it as text"),
+    "type": Kind(True, "a value of the wrong type", "write it as text (tools: as a list)"),
     "roles": Kind(True, "roles out of order", "system?, then user and assistant by turns"),
     "turns": Kind(True, "an answer of several turns", "put earlier turns into the prompt"),
     "empty": Kind(True, "an empty prompt or answer", "leave the row out, or fill it in"),
@@ -66,7 +67,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Report:
-    """All findings on a dataset, and the tokens of every pair that is left."""
+    """All findings on a dataset, and the lengths in tokens of the pairs without bad findings."""
 
     findings: list[Finding] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)  # in the source, by split

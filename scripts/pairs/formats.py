@@ -30,7 +30,8 @@ TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class BadRow(Exception):
-    """A row that is no preference pair: `kind` is a key of `checks.KINDS`, and what is wrong."""
+    """A row that cannot be read as a pair: the kind of its fault (a key of `checks.KINDS`), and the
+    fault in words."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -78,7 +79,7 @@ def _answers(row: dict) -> tuple[Messages, Messages]:
 
 
 def _split(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
-    """Two whole conversations, parted where they differ."""
+    """The pair in two whole conversations: the prompt is the turns that they begin with alike."""
     if min(len(chosen), len(rejected)) < 2:
         raise BadRow("roles", "the answers hold no prompt, and there is no prompt column")
     pair = extract_prompt({"chosen": chosen, "rejected": rejected})
@@ -204,7 +205,10 @@ def fits(name: str, columns: set[str]) -> bool:
 
 
 def detect(columns: set[str], sample: list[dict]) -> str | None:
-    """The format that `columns` and the first rows speak for, or None."""
+    """The name of the format that `columns` and the first rows fit, or None.
+
+    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts.
+    """
     names = [name for name in FORMATS if fits(name, columns)]
     if names and names[0] == "hh":
         texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]

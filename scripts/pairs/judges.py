@@ -43,12 +43,12 @@ class Preference(NamedTuple):
 
 
 class Rule:
-    """The rule of the default data: short, finished, to the point, and nothing left out.
+    """The rule that made the default data: it prefers short, finished answers with all key facts.
 
     An answer is good if it is finished within 80 tokens, ends with a full stop or the like, is one
     paragraph, repeats (next to) nothing, and mentions as many key facts as any of the answers does,
-    at least one where the prompt has any. Chosen is the longest good one: the limit sees to
-    brevity, and within it the shortest of eight is often the emptiest, whatever words it mentions.
+    at least one where the prompt has any. Chosen is the longest good one: the limit of 80 tokens
+    makes it brief enough, and the very shortest answer often says next to nothing.
 
     - `concise`: rejected is the longest answer to the plain question, at least 1.5 times as long.
     - `content`: rejected is a finished answer of much the same length (0.67 to 1.5 times) that
@@ -106,8 +106,8 @@ class Rule:
 class RewardModel:
     """A reward model from the hub or a folder: one score for a whole conversation.
 
-    Chosen is the finished answer of the highest score, rejected the one of the lowest. A pair whose
-    scores are nearer than `least_gap` is a tie.
+    Chosen is the finished answer of the highest score, rejected the one of the lowest. If their
+    scores are `least_gap` apart or less, that is a tie.
     https://huggingface.co/docs/transformers/model_doc/auto#transformers.AutoModelForSequenceClassification
     """
 
@@ -177,8 +177,8 @@ Reply with JSON only: {{"winner": "A"}}, {{"winner": "B"}} or {{"winner": "tie"}
 class Endpoint:
     """An OpenAI-compatible chat endpoint, asked about two answers at a time, in both orders.
 
-    A judge leans towards whichever answer it reads first; only a verdict that survives the exchange
-    counts, everything else is a tie. Of the finished answers, `pairs` disjoint pairs are drawn,
+    A judge tends to prefer the answer it reads first; only a winner that is the same in both orders
+    counts, anything else is a tie. Of the finished answers, `pairs` disjoint pairs are drawn,
     always the same for a prompt. A busy or failing server (429, 5xx, no answer in time) is asked
     again, later each time or when it says so; a reply that names no winner, up to three times.
     """

@@ -35,7 +35,11 @@ MESSAGES = [Features(role=Value("string"), content=Value("string"))]
 def check_preferences(
     cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[DatasetDict, Report]:
-    """Read and check everything that `cfg` names; the pairs without the bad rows, and the report.
+    """Read and check the data that `cfg` names.
+
+    Without a `tokenizer`, what depends on tokens is not checked. Returns the pairs without the bad
+    rows, as `train` and `test`, and the report on all rows. On the way, the pairs of a split are a
+    list of (place, pair): a place such as `train.jsonl:7` is what a finding is reported with.
 
     Raises:
         DataError: the data is not there, or has no such split or columns.
@@ -82,6 +86,7 @@ def _generation_config(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Gener
 
 
 def _pairs_and_wheres(placed: list[tuple[str, dict]]) -> tuple[list[dict], list[str]]:
+    """The pairs of a split, and their places."""
     return [pair for _, pair in placed], [where for where, _ in placed]
 
 
@@ -155,7 +160,8 @@ def _format_of(rows: list[Row], cfg: Config) -> str:
 
 
 def _hold_out(placed: list, cfg: Config) -> tuple[list, list]:
-    """Part `test_split_size` of the prompts off, all pairs of a prompt going the same way."""
+    """Draw `test_split_size` of the prompts for the test split: (training pairs, test pairs). All
+    pairs of a prompt, in any spelling, go to the same side."""
     keys = [prompt_key(pair) for _, pair in placed]
     names = sorted(set(keys))
     count = max(1, round(cfg.recipe.test_split_size * len(names)))
@@ -217,7 +223,7 @@ def _tokenized(pairs: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[di
 
 
 def _as_dataset(placed: list[tuple[str, dict]], columns: list[str]) -> Dataset:
-    """The pairs as a `Dataset`, with those of `columns` that have one type throughout."""
+    """The pairs as a `Dataset`, with those of `columns` whose values all have one type."""
     data = Dataset.from_dict(
         {side: [pair[side] for _, pair in placed] for side in SIDES},
         features=Features(dict.fromkeys(SIDES, MESSAGES)),
