@@ -71,7 +71,8 @@ def _worst(report: Report) -> str:
 
 
 def _settle(cfg: Config, report: Report) -> None:
-    """Raise for the bad rows, or write them down and say so, as the config asks."""
+    """Handle bad rows as `on_bad_rows` says: raise a `DataError`, or write them to the run folder
+    and print how many were left out."""
     bad = report.bad()
     rows = len({(f.split, f.where) for f in bad})
     summary = f"{rows} bad {'row' if rows == 1 else 'rows'}{_worst(report)}"
@@ -120,7 +121,7 @@ def look(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print everything that was found, draw it, and write it to the run folder.
+    """Print the report on the data, and write its findings and a figure to the run folder.
 
     Raises:
         DataError: there are bad rows, and `on_bad_rows` is `error`.

@@ -31,6 +31,7 @@ from scripts.config import Config, config_from_args
 from scripts.generation import generate_replies
 from scripts.measures.statistics import bootstrap
 from scripts.measures.text import fact_recall, repeated_ngram_share
+from scripts.pairs.tokens import template_options, tokenize_prompts
 from scripts.training import assemble
 
 # What is measured: how it is called in the table, and whether more or less of it is better.
@@ -107,11 +108,12 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
         first.setdefault(json.dumps(prompt), i)
     picked = list(first.values())[: cfg.recipe.eval_prompts]
     prompts = [test[i]["prompt"] for i in picked]
+    options = [template_options(test[i]) for i in picked]
     replies = {}
     for who, adapter in (("base", model.disable_adapter()), ("tuned", nullcontext())):
         with adapter:
             replies[who] = generate_replies(
-                model, tokenizer, prompts, label=who,
+                model, tokenizer, prompts, options=options, label=who,
                 max_new_tokens=cfg.recipe.max_new_tokens,
                 batch_size=cfg.recipe.generation_batch_size,
             )  # fmt: skip
@@ -125,7 +127,8 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
         if all(facts):
             pairs = zip(rows, facts, strict=True)
             frame[f"{who}_facts"] = [fact_recall(r.text, f) for r, f in pairs]
-    for who, values in _base_nll(trainer, prompts, replies).items():
+    prompt_ids = tokenize_prompts(prompts, tokenizer, options)
+    for who, values in _base_nll(trainer, prompt_ids, replies).items():
         frame[f"{who}_base_nll"] = values
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     tokens = trainer.eval_dataset.select_columns(columns).to_list()
@@ -133,16 +136,15 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
     return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta)), frame
 
 
-def _base_nll(trainer: DPOTrainer, prompts: list, replies: dict) -> dict[str, np.ndarray]:
+def _base_nll(
+    trainer: DPOTrainer, prompt_ids: list[list[int]], replies: dict
+) -> dict[str, np.ndarray]:
     """Loss per token of each reply under the base model: are the tuned replies still fluent?
 
     Both replies to a prompt make one pair for `pair_logps`, whose reference is the base model.
     """
     rows = []
-    for i, messages in enumerate(prompts):
-        ids = trainer.processing_class.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
+    for i, ids in enumerate(prompt_ids):
         base, tuned = replies["base"][i].ids, replies["tuned"][i].ids
         rows.append({"prompt_ids": ids, "chosen_ids": base, "rejected_ids": tuned})
     logps = pair_logps(trainer, rows, policy=False)

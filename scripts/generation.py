@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from scripts.pairs.tokens import end_tokens, tokenize_prompts
+
 
 @dataclass
 class Reply:
@@ -31,37 +33,36 @@ def generate_replies(
     *,
     max_new_tokens: int,
     batch_size: int,
+    options: list[dict] | None = None,
     label: str | None = "replies",
     **sampling: float,
 ) -> list[Reply]:
     """Reply to each prompt (a list of messages), in the prompts' order.
 
-    Greedy, so that a difference is the model's and not the dice's; unless `sampling` has a
-    `temperature` and `top_p`. Prompts are batched by length and padded on the left. `label` heads
-    the lines that tell how far it is (None: no lines).
+    Greedy decoding, so that two models' replies differ because of the models and not by chance;
+    with a `temperature` and `top_p` in `sampling`, replies are drawn instead. A reply ends at any
+    of the tokens that end a turn (`end_tokens`). Prompts are batched by length and padded on the
+    left. `options` are the `template_options` of the rows that the prompts come from. `label`
+    heads the lines that show the progress (None: no lines).
     """
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    how = GenerationConfig(
+    stops = sorted(end_tokens(tokenizer, model.generation_config))
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=bool(sampling), use_cache=True,
         eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
         **({"top_k": 0} | sampling if sampling else {}),
     )  # fmt: skip
-    texts = [
-        tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    rows = tokenize_prompts(prompts, tokenizer, options)
+    texts = tokenizer.batch_decode(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(texts[i]))
     replies: dict[int, Reply] = {}
     training, start = model.training, time.monotonic()
     model.eval()
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
-        inputs = tokenizer(
-            [texts[i] for i in batch], return_tensors="pt", padding=True, padding_side="left",
-            add_special_tokens=False,  # the template has written them already
-        ).to(model.device)  # fmt: skip
-        output = model.generate(**inputs, generation_config=how)
+        inputs = tokenizer.pad(
+            {"input_ids": [rows[i] for i in batch]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        output = model.generate(**inputs, generation_config=config)
         for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in stops), None)
             ids = ids if end is None else ids[: end + 1]
@@ -69,6 +70,6 @@ def generate_replies(
             replies[i] = Reply(text, ids, end is not None)
         seconds = time.monotonic() - start
         if label:
-            print(f"{label}: {len(replies)}/{len(texts)} replies, {seconds:.0f} s", flush=True)
+            print(f"{label}: {len(replies)}/{len(rows)} replies, {seconds:.0f} s", flush=True)
     model.train(training)
-    return [replies[i] for i in range(len(texts))]
+    return [replies[i] for i in range(len(rows))]

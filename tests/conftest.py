@@ -15,7 +15,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from trl import DPOTrainer
 
 from scripts.config import Config, load_config
@@ -100,6 +105,17 @@ def tiny_llama3(tmp_path_factory) -> Path:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    llama3_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tiny_llama3, tmp_path_factory) -> Path:
+    """A folder with a tiny random reward model and the tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(tiny_llama3, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
     llama3_tokenizer().save_pretrained(folder)
     return folder
 

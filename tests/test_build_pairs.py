@@ -1,23 +1,29 @@
 """Sampling and judging can be stopped and resumed, and every pair says where it comes from."""
 
+import json
+import shutil
+
 import pytest
-from conftest import write_jsonl
+import torch
+from conftest import EOT, write_jsonl
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from scripts.cli import RecipeError, parse
+from scripts.model import load_tokenizer
 from scripts.pairs.build import (
     as_row,
     build,
     judge_answers,
-    keep_settings,
     parse_styles,
     pick_backend,
-    read_jsonl,
     read_prompts,
     sample_answers,
     styled,
     transformers_sampler,
 )
 from scripts.pairs.judges import JudgeError, Preference
+from scripts.pairs.provenance import keep_settings, read_jsonl, weights_state
 
 PROMPTS = [
     {"id": f"p{i}", "messages": [{"role": "user", "content": "Why? " * (i + 1)}]} for i in range(3)
@@ -49,15 +55,16 @@ def test_every_prompt_is_asked_in_every_style(sample, tmp_path):
             assert len(of) == times
     assert all(row["finished"] or row["tokens"] == 4 for row in rows)
     assert len({row["text"] for row in rows}) > 3  # sampled, not the same greedy reply again
-    assert read_jsonl(tmp_path / "samples.jsonl") == rows
+    kept = [row for batch in read_jsonl(tmp_path / "samples.jsonl") for row in batch["answers"]]
+    assert kept == rows
 
 
 def test_a_stopped_run_goes_on_to_the_same_file(sample, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     rows = sample(whole)
     lines = whole.read_bytes().split(b"\n")
-    cut.write_bytes(b"".join(line + b"\n" for line in lines[:7]) + lines[7][:9])
-    assert sample(cut) == rows  # the half batch is sampled again, the whole one is not
+    cut.write_bytes(b"".join(line + b"\n" for line in lines[:2]) + lines[2][:99])
+    assert sample(cut) == rows  # the half batch is sampled again, the whole ones are not
     assert cut.read_bytes() == whole.read_bytes()
     assert sample(cut) == rows  # all there: nothing to do
 
@@ -77,6 +84,7 @@ class Counting:
     name, workers = "counting", 1
 
     def __init__(self, fails=None):
+        self.settings = {"judge": self.name}
         self.asked, self.fails = [], fails
 
     def __call__(self, prompt, answers):
@@ -104,7 +112,7 @@ def test_judging_goes_on_where_it_stopped(tmp_path):
     assert second.asked == ["p1", "p2"]
     assert pairs == judge_answers(Counting(), PROMPTS, answers, tmp_path / "whole.jsonl")
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert [pair["chosen_sample"] for pair in pairs] == [0, 2, 4]
+    assert [pair["chosen_sample"] for pair in pairs] == [0, 0, 0]  # of the prompt's own answers
 
 
 def test_a_pair_keeps_the_prompts_own_fields_and_how_it_came_about():
@@ -118,23 +126,132 @@ def test_a_pair_keeps_the_prompts_own_fields_and_how_it_came_about():
     assert "split" not in row and "messages" not in row
 
 
-def test_the_command_makes_a_folder_that_loads_and_a_second_call_changes_nothing(
-    tiny_llama3, tmp_path, capsys
-):
-    prompts = [{"prompt": f"Why {i}?", "split": "test" if i == 2 else "train"} for i in range(3)]
-    path, out = write_jsonl(tmp_path / "prompts.jsonl", prompts), tmp_path / "out"
-    arguments = ["build", "--prompts", str(path), "--out", str(out), "--max-new-tokens", "5"]
-    arguments += ["--samples", "plain=2", "--batch-size", "2"]
-    arguments += ["--set", f"model_name_or_path={tiny_llama3}"]
-    build(parse("data", arguments))
-    assert "sampled 6/6 answers" in capsys.readouterr().out
-    made = {f.name: f.read_bytes() for f in out.rglob("*") if f.is_file()}
-    assert {"train.jsonl", "test.jsonl", "samples.jsonl", "judged.jsonl"} < set(made)
-    build(parse("data", arguments))
-    assert "sampled" not in capsys.readouterr().out
-    assert made == {f.name: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+@pytest.fixture(scope="module")
+def babbler(tiny_llama3, tmp_path_factory):
+    """A folder with the tiny model, made to say a few letters and then to end its turn."""
+    folder = tmp_path_factory.mktemp("babbler")
+    model = LlamaForCausalLM.from_pretrained(tiny_llama3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 100.0  # outweighs all else in every state
+        model.lm_head.weight[:, 0] = -3.0
+        model.lm_head.weight[[EOT, *range(65, 70)], 0] = 3.0
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny_llama3)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(babbler, reward_folder, tmp_path, capsys):
+    """Calls `data build` over prompts.jsonl in `tmp_path`, by default with a judge that knows no
+    tie; returns what it printed of its work."""
+
+    def call(prompts=None, *more, judge="reward", model=babbler) -> list[str]:
+        path = tmp_path / "prompts.jsonl"
+        if prompts is not None:
+            write_jsonl(path, prompts)
+        arguments = ["build", "--prompts", str(path), "--out", str(tmp_path / "out")]
+        arguments += ["--max-new-tokens", "20", "--samples", "plain=2", "--batch-size", "2"]
+        arguments += ["--judge", judge, "--judge-model", str(reward_folder), "--least-gap", "-1"]
+        build(parse("data", [*arguments, "--set", f"model_name_or_path={model}", *more]))
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if line.startswith(("sampled", "judged"))]
+
+    return call
+
+
+WHYS = [{"prompt": f"Why {i}?", "split": "test" if i == 2 else "train"} for i in range(3)]
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_the_command_makes_a_folder_that_loads_and_a_second_call_changes_nothing(command, tmp_path):
+    assert command(WHYS)[-2:] == ["sampled 6/6 answers", "judged 3/3 prompts"]
+    made = files(tmp_path / "out")
+    assert {"train.jsonl", "test.jsonl", ".build/samples.jsonl", ".build/judged.jsonl"} < set(made)
+    assert command() == []
+    assert made == files(tmp_path / "out")
     with pytest.raises(RecipeError, match=r"begun with other settings \(seed was 0, is 1\)"):
-        build(parse("data", [*arguments, "--seed", "1"]))
+        command(None, "--seed", "1")
+
+
+def sampled_for(out, name: str) -> list[dict]:
+    batches = read_jsonl(out / ".build" / "samples.jsonl")
+    return [row for batch in batches for row in batch["answers"] if row["id"] == name]
+
+
+def test_an_edited_prompt_alone_is_sampled_and_judged_anew(command, tmp_path):
+    out = tmp_path / "out"
+    command(WHYS)
+    before = {row["id"]: row for row in read_jsonl(out / "train.jsonl")}
+    edited = [WHYS[0], WHYS[1] | {"prompt": "How then?"}, WHYS[2]]
+    assert command(edited) == ["sampled 6/6 answers", "judged 3/3 prompts"]
+    after = {row["id"]: row for row in read_jsonl(out / "train.jsonl")}
+    assert after["prompt-00000"] == before["prompt-00000"]
+    row = after["prompt-00001"]
+    assert row["prompt"][0]["content"] == "How then?"
+    old, new = (sampled_for(out, "prompt-00001")[part] for part in (slice(2), slice(2, 4)))
+    assert [a["text"] for a in old] != [a["text"] for a in new]
+    paired = {row[side][0]["content"] for side in ("chosen", "rejected")}
+    assert paired == {a["text"] for a in new}
+    assert len(sampled_for(out, "prompt-00000")) == 2  # no more than before
+    assert command(WHYS) == []  # put back: both states are known
+    assert {row["id"]: row for row in read_jsonl(out / "train.jsonl")} == before
+
+
+def test_edited_facts_need_a_new_verdict_and_no_new_answers(command, tmp_path):
+    out = tmp_path / "out"
+    command(WHYS)
+    samples = (out / ".build" / "samples.jsonl").read_bytes()
+    edited = [WHYS[0] | {"facts": [["so"]]}, *WHYS[1:]]
+    assert command(edited) == ["judged 3/3 prompts"]  # the last of three is the one
+    assert (out / ".build" / "samples.jsonl").read_bytes() == samples
+    facts = {row["id"]: row.get("facts") for row in read_jsonl(out / "train.jsonl")}
+    assert facts == {"prompt-00000": [["so"]], "prompt-00001": None}
+    moved = [row | {"split": "test"} for row in edited]
+    assert command(moved) == []  # another split is no reason to judge again
+    assert not (out / "train.jsonl").exists()
+    assert len(read_jsonl(out / "test.jsonl")) == 3
+
+
+def test_another_judge_judges_the_same_answers(command, reward_folder, tmp_path):
+    out = tmp_path / "out"
+    command(WHYS)
+    made = files(out)
+    assert {row["judge"] for row in read_jsonl(out / "train.jsonl")} == {f"reward:{reward_folder}"}
+    assert command(None, "--least-gap", "1e9") == ["judged 3/3 prompts"]
+    assert read_jsonl(out / "train.jsonl") == []  # to this judge, all are ties
+    assert command(None, judge="rule") == ["judged 3/3 prompts"]
+    assert {row["judge"] for row in read_jsonl(out / "train.jsonl")} <= {"rule"}
+    assert (out / ".build" / "samples.jsonl").read_bytes() == made[".build/samples.jsonl"]
+    assert command() == []  # the first judge's verdicts are still there
+    assert (out / "train.jsonl").read_bytes() == made["train.jsonl"]
+
+
+def test_another_model_is_refused_also_one_trained_on_in_the_same_folder(
+    command, babbler, tiny_llama3, tmp_path
+):
+    model = shutil.copytree(babbler, tmp_path / "model")
+    command(WHYS, model=model)
+    made = files(tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"model was '.*', is '.*'.*; take another --out"):
+        command(None, model=tiny_llama3)
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = weights[name] + 0.1 * torch.ones_like(weights[name])
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"\(weights was '.*', is '.*'\); take another --out"):
+        command(None, model=model)
+    assert files(tmp_path / "out") == made
+
+
+def test_the_state_of_weights_is_in_the_files_and_not_in_their_place_or_age(tiny_llama3, tmp_path):
+    copy = shutil.copytree(tiny_llama3, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert weights_state(str(copy)) == weights_state(str(tiny_llama3))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert weights_state(str(copy)) != weights_state(str(tiny_llama3))
 
 
 def test_settings_are_kept_for_the_next_call(tmp_path):
@@ -149,6 +266,7 @@ def test_settings_are_kept_for_the_next_call(tmp_path):
     [
         ({"question": "Why?"}, "prompts.jsonl:1: prompt is missing"),
         ({"prompt": 3}, "prompts.jsonl:1: prompt is not text but int"),
+        ({"prompt": "Why?", "split": "val"}, "split is 'val', not train or test"),
         ({"prompt": ""}, "does not end with the user's message"),
         ({"prompt": [{"role": "assistant", "content": "Hm."}]}, "does not end with the user's"),
     ],

@@ -11,9 +11,9 @@ from conftest import explicit, write_jsonl
 from scripts.cli import ROOT
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
-from scripts.pairs.build import read_jsonl
 from scripts.pairs.checks import KINDS
 from scripts.pairs.load import check_preferences
+from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.report import by_kind, length_bias, report_text
 from scripts.pairs.sources import read_file
 
@@ -89,16 +89,14 @@ BAD = [
     (pair(ask(11), "\u200b\u00a0"), "empty", "chosen is empty or white space"),
     (pair(USER, []), "empty", "chosen is empty"),
     (pair(ask(12), YES, YES), "equal", "word for word"),
-    (pair(ask(13), YES, f" {YES}\n"), "equal", "but for case, spaces"),
-    (pair(ask(14), YES, "YES, it  is"), "equal", "but for case, spaces"),
-    (pair(ask(15), "ﬁve", "five"), "equal", "but for case"),
+    (pair(ask(13), YES, f" {YES}\n"), "equal", "but for white space around them"),
     (pair(ask(16), "Yes.<|eot_id|>"), "special", "chosen has '<|eot_id|>'"),
     (pair("<|begin_of_text|>Why?"), "special", "prompt has '<|begin_of_text|>'"),
     (pair(ask(17), YES, "No <|reserved_128255|>"), "special", "rejected has '<|reserved_128255|>'"),
     (pair("word " * 40), "no_room", f"max_length is {MAX_LENGTH}"),
     (pair("s" * 40, "a" * 99 + "b", "a" * 99 + "c"), "cut_equal", "the same in the"),
     (pair("Said before?"), "duplicate", "the same pair as bad.jsonl:"),
-    (pair("said  before"), "duplicate", "the same pair as bad.jsonl:"),
+    (pair(" Said before? ", f"{YES}\n"), "duplicate", "the same pair as bad.jsonl:"),
     (pair("Which way?"), "contradiction", "the other way round in bad.jsonl:"),
     (pair("Which way?", NO, YES), "contradiction", "the other way round in bad.jsonl:"),
     (pair("Held out?"), "leak", "the prompt of test.jsonl:1"),
@@ -151,7 +149,7 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_stay(checked)
 
 
 def test_every_kind_of_bad_row_is_in_that_file_or_has_a_test_of_its_own():
-    shown = {kind for _, kind, _ in BAD} | {"unended"}
+    shown = {kind for _, kind, _ in BAD} | {"unended", "template"}  # this one: test_tokens.py
     assert shown == {kind for kind, about in KINDS.items() if about.bad}
 
 
@@ -213,6 +211,63 @@ def test_answers_that_stop_short_and_foreign_marks_are_remarks(tiny_cfg, tmp_pat
     assert sum(map(len, pairs.values())) == 6
 
 
+DIFFERENT = [
+    ("5²", "52"),
+    ("Paris", "paris"),
+    ("true", "True"),
+    ("!flag", "flag"),
+    ("here?", "here."),
+    ("if x:\n    y = 1\nz = 2.", "if x:\n    y = 1\n    z = 2."),
+    ("a  b", "a b"),
+    ("ﬁve", "five"),
+    ('"quoted"', "quoted"),
+]
+
+
+def test_answers_that_nearly_agree_are_kept_and_remarked(tiny_cfg, tiny_llama3, tmp_path):
+    rows = [pair(ask(i), *answers) for i, answers in enumerate(DIFFERENT)]
+    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "p" / "test.jsonl", [pair("Held out?")])
+    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"))
+    pairs, report = check_preferences(cfg, load_tokenizer(str(tiny_llama3)))
+    assert report.bad() == []
+    near = [f.where for f in report.findings if f.kind == "near_equal"]
+    assert near == [f"train.jsonl:{n}" for n in range(1, len(rows) + 1)]
+    kept = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in pairs["train"]]
+    assert kept == DIFFERENT
+
+
+def test_answers_that_the_tokenizer_cannot_tell_apart_are_equal(tiny_cfg, tiny_llama3, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_llama3))
+    tokenizer.chat_template = tokenizer.chat_template.replace("| trim", "| trim | lower")
+    write_jsonl(tmp_path / "p" / "train.jsonl", [pair("Where?", "Paris.", "paris."), pair()])
+    write_jsonl(tmp_path / "p" / "test.jsonl", [pair("Held out?")])
+    _, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")), tokenizer)
+    assert [(f.where, f.kind) for f in report.bad()] == [("train.jsonl:1", "equal")]
+
+
+ABOUT_ONE_ROW = {"near_equal", "breaks_off"}
+
+
+def test_repeats_are_dropped_only_when_exact_and_leaks_in_any_spelling(tiny_cfg, tmp_path):
+    rows = [
+        pair("Write a loop.", "for x in y:\n  f(x)", "while y:\n  f(y.pop())"),
+        pair("Write a loop.", "for x in y:\n    f(x)", "while y:\n    f(y.pop())"),
+        pair("Which case?", "Paris", "paris"),
+        pair("Which case?", "paris", "PARIS"),
+        pair("HELD  OUT", "So.", "Not so."),
+    ]
+    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "p" / "test.jsonl", [pair("Held out?")])
+    pairs, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")))
+    assert [(f.where, f.kind) for f in report.findings if f.kind not in ABOUT_ONE_ROW] == [
+        ("train.jsonl:2", "near_duplicate"),
+        ("train.jsonl:4", "near_duplicate"),
+        ("train.jsonl:5", "leak"),
+    ]
+    assert len(pairs["train"]) == 4
+
+
 def test_length_bias_is_what_a_rule_of_length_alone_gets_right():
     lengths = np.array([[9, 5, 8], [9, 5, 9], [9, 5, 7], [9, 8, 5], [9, 5, 5]])
     bias = length_bias(lengths)
@@ -242,18 +297,29 @@ def test_the_command_says_it_all_and_fails_when_bad_rows_are_an_error(
     assert "correct them, or set on_bad_rows: drop" in done.stderr
 
 
-def test_bad_lines_of_a_csv_are_told_by_their_line(tmp_path):
+def test_rows_of_a_csv_are_told_by_their_line_also_after_empty_ones(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_bytes(
-        b"prompt,chosen,rejected\n"
-        b'"Two\nlines?",Yes.,No.\n'
-        b"Too,many,cells,here\n"
-        b"Caf\xe9?,Yes.,No.\n"
-        b"Too few,Yes.\n"
-    )
+    lines = [
+        b"",
+        b"prompt,chosen,rejected",
+        b"",
+        b'"Two\n\nlines?",Yes.,No.',
+        b"",
+        b"\r",
+        b"Too,many,cells,here",
+        b"Caf\xe9?,Yes.,No.",
+        b"Too few,Yes.",
+        b"",
+    ]
+    path.write_bytes(b"\n".join(lines))
     rows = list(read_file(path))
-    assert [where for where, *_ in rows] == ["a.csv:2", "a.csv:4", "a.csv:5", "a.csv:6"]
-    assert rows[0][1]["prompt"] == "Two\nlines?"
+    begins = [b'"Two', b"Too,", b"Caf", b"Too few"]
+    numbered = list(enumerate(path.read_bytes().split(b"\n"), start=1))
+    at = [n for begin in begins for n, text in numbered if text.startswith(begin)]
+    assert [where for where, *_ in rows] == [f"a.csv:{n}" for n in at] == [
+        "a.csv:4", "a.csv:9", "a.csv:10", "a.csv:11"
+    ]  # fmt: skip
+    assert rows[0][1]["prompt"] == "Two\n\nlines?"
     assert rows[1][1:] == (None, "1 cells more than there are columns")
     assert rows[2][1]["prompt"] == "Caf\ufffd?"
     assert rows[3][1]["rejected"] is None

@@ -9,7 +9,7 @@ from scripts.cli import ROOT
 from scripts.config import ConfigError
 from scripts.data import length_table, load_preferences, token_lengths
 from scripts.model import load_tokenizer
-from scripts.pairs.build import read_jsonl
+from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
 

@@ -9,6 +9,7 @@ from conftest import BOT, EOT, write_jsonl
 
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
+from scripts.pairs.formats import BadRow, to_pair
 from scripts.pairs.load import check_preferences
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
@@ -209,6 +210,50 @@ def test_a_named_format_wins_over_the_columns(read, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [row, other(row)])
     want = read(write_jsonl(tmp_path / "b.jsonl", [PLAIN, other(PLAIN)]))
     assert read(path, dataset_format="orca") == want
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Is water wet?", " Surely not.", " Sure."),
+        ("is water wet", " Surely not.", " Sure."),  # no end of a sentence, but one of a word
+        ("Surely", " not.", " so."),
+        ("pi begins with", " 3.14", " 3.15"),
+        ("2 + 2 =", " 4", " 5"),
+        ("水是湿的吗？", "是的。", "是不是呢。"),
+        ("The list:\n", "- one", "- other"),
+    ],
+)
+def test_a_shared_beginning_is_split_between_sentences_or_at_least_words(prompt, chosen, rejected):
+    pair = to_pair({"chosen": prompt + chosen, "rejected": prompt + rejected}, "implicit")
+    assert pair["prompt"] == turns(prompt.strip())
+    assert pair["chosen"] == answer(chosen.strip())
+    assert pair["rejected"] == answer(rejected.strip())
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [("Surely not.", "Sure."), ("42", "43")])
+def test_texts_that_share_no_whole_word_are_no_pair(chosen, rejected):
+    with pytest.raises(BadRow, match="no common prompt of whole words"):
+        to_pair({"chosen": chosen, "rejected": rejected}, "implicit")
+
+
+def test_only_the_columns_that_the_format_reads_are_used_up(tiny_cfg, tmp_path):
+    more = {"input": "raw", "output": "log", "history": ["h"], "question": "q", "instruction": "i"}
+    alpaca = {"instruction": "Say.", "input": "in", "chosen": YES, "rejected": NO, "question": "q"}
+    files = {
+        "explicit": (PLAIN | more | {"system": "Be brief."}, set(more)),
+        "alpaca": (alpaca | {"topic": "t"}, {"question", "topic"}),
+        "orca": ({"question": Q, "chosen": YES, "rejected": NO, "input": "raw"}, {"input"}),
+    }
+    for name, (row, kept) in files.items():
+        rows = [json.loads(json.dumps(row).replace(Q, f"Q{i}?")) for i in range(2)]
+        rows = [r | {"instruction": f"Say {i}."} if name == "alpaca" else r
+                for i, r in enumerate(rows)]  # fmt: skip
+        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        cfg = tiny_cfg(dataset_name=str(path), test_split_size=0.5, dataset_format=name)
+        pairs = load_preferences(cfg)["train"]
+        assert set(pairs.column_names) == {"prompt", "chosen", "rejected"} | kept, name
+        assert all(pairs[0][column] == row[column] for column in kept)
 
 
 def test_further_columns_are_kept_where_they_have_one_type(tiny_cfg, tmp_path, capsys):

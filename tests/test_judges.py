@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 import threading
 import time
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from scripts.model import load_tokenizer
 from scripts.pairs.build import judge_answers
@@ -56,31 +57,44 @@ def test_the_rule_works_without_facts():
     assert (pair.kind, pair.chosen["tokens"], pair.rejected["tokens"]) == ("concise", 40, 90)
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tiny_llama3, tmp_path_factory):
-    """A tiny random reward model with the tiny tokenizer."""
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(tiny_llama3, num_labels=1)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    load_tokenizer(str(tiny_llama3)).save_pretrained(folder)
-    return folder
+TEXTS = ["Paris.", "It is Paris, of course.", "Lyon, I believe, or was it Nice?", "No."]
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+TALK = "<|begin_of_text|>{}Capital of France?<|eot_id|>{}".format(
+    HEADER.format("user"), HEADER.format("assistant")
+)
+
+
+@pytest.mark.parametrize("pad", ["<|eot_id|>", "<|end_of_text|>"])
+def test_a_reward_is_read_at_the_end_of_turn_whatever_pads(pad, reward_folder, tmp_path):
+    folder = shutil.copytree(reward_folder, tmp_path / "reward")
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder)
+    judge = RewardModel(str(folder))
+    assert judge.tokenizer.pad_token == pad
+    scores = judge.scores(PROMPT, TEXTS)
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    for text, score in zip(TEXTS, scores, strict=True):
+        ids = tokenizer(f"{TALK}{text}<|eot_id|>", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            states = model.model(torch.tensor([ids])).last_hidden_state[0]
+        by_hand = (states @ model.score.weight[0]).tolist()  # the score at every token
+        assert score == pytest.approx(by_hand[-1], abs=1e-5)
+        assert abs(by_hand[-1] - by_hand[-2]) > 1e-3  # one token earlier would show
+    assert [judge.scores(PROMPT, [text])[0] for text in TEXTS] == scores
 
 
 def test_a_reward_model_prefers_its_highest_finished_score(reward_folder):
     judge = RewardModel(str(reward_folder))
-    texts = ["Paris.", "It is Paris, of course.", "Lyon, I believe, or was it Nice?", "No."]
-    scores = judge.scores(PROMPT, texts)
-    alone = [judge.scores(PROMPT, [text])[0] for text in texts]
-    assert scores == pytest.approx(alone, abs=1e-5)  # padding changes no score
+    scores = judge.scores(PROMPT, TEXTS)
     order = sorted(range(4), key=lambda i: scores[i])
-    answers = [answer(text, 5) for text in texts]
+    answers = [answer(text, 5) for text in TEXTS]
     (pair,) = judge(PROMPT, answers)
-    assert pair.chosen["text"] == texts[order[-1]]
-    assert pair.rejected["text"] == texts[order[0]]
+    assert pair.chosen["text"] == TEXTS[order[-1]]
+    assert pair.rejected["text"] == TEXTS[order[0]]
     assert pair.verdict["chosen_score"] > pair.verdict["rejected_score"]
     answers[order[-1]]["finished"] = False  # cut off: it may not be the example to follow
-    assert judge(PROMPT, answers)[0].chosen["text"] == texts[order[-2]]
+    assert judge(PROMPT, answers)[0].chosen["text"] == TEXTS[order[-2]]
 
 
 def test_a_reward_model_drops_ties(reward_folder):
@@ -223,8 +237,8 @@ def test_an_answer_that_breaks_off_on_the_way_is_asked_for_again(loopback):
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_refusal_is_not_repeated_and_says_what_to_do(loopback, status):
     server = Recorder(then=lambda path, body: (status, {}, b'{"error": "no"}'))
-    cure = r" \(set OPENAI_API_KEY\)" if status in (401, 403) else ""
-    with pytest.raises(JudgeError, match=rf"said {status}{cure}: .*no"):
+    fix = r" \(set OPENAI_API_KEY\)" if status in (401, 403) else ""
+    with pytest.raises(JudgeError, match=rf"said {status}{fix}: .*no"):
         endpoint(loopback(server))(PROMPT, TWO)
     assert server.count == 1
 

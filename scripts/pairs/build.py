@@ -5,16 +5,19 @@
 A prompt is a JSON line with `prompt` (text or messages) and perhaps `id`, `split` (`train` or
 `test`) and `facts` (for the rule). Sampling appends to `.build/samples.jsonl` in the output folder
 batch by batch, judging to `.build/judged.jsonl` prompt by prompt; a command that was stopped goes
-on where it was, and ends with the same files as one that was not.
+on where it was, and ends with the same files as one that was not. Edited prompts are sampled and
+judged anew, edited facts or another judge need only new verdicts, and other sampling (another
+model, temperature ...) needs another folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,7 +28,17 @@ from scripts.generation import generate_replies
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.formats import BadRow, Messages, as_messages
 from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
+from scripts.pairs.provenance import (
+    append_to,
+    digest,
+    keep_settings,
+    line,
+    read_jsonl,
+    weights_state,
+    write_whole,
+)
 from scripts.pairs.sources import read_file
+from scripts.pairs.tokens import end_tokens
 
 # How a prompt is put to the model. The pair keeps only the plain prompt: what the request to be
 # brief brought out, the tuned model is to do unasked.
@@ -34,8 +47,29 @@ STYLES: dict[str, dict[str, str]] = {
     "brief": {"suffix": " Answer in one or two short sentences."},
     "accurate": {"system": "Answer in one or two short, accurate sentences."},
 }
-Sampler = Callable[[list[Messages], int], list[tuple[str, int, bool]]]
+SPLITS = ("train", "test")
 Judge = Rule | RewardModel | Endpoint
+# From conversations and a seed to an answer each: text, tokens (end of turn not counted), and
+# whether the model ended its turn in time.
+Sample = Callable[[list[Messages], int], list[tuple[str, int, bool]]]
+
+
+@dataclass
+class Sampler:
+    """A model that answers prompts; it is loaded when it is first asked.
+
+    `settings` are all that its answers depend on, prompts and seed aside.
+    """
+
+    settings: dict
+    load: Callable[[], Sample]
+
+    @cached_property
+    def _sample(self) -> Sample:
+        return self.load()
+
+    def __call__(self, prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
+        return self._sample(prompts, seed)
 
 
 def styled(messages: Messages, style: str) -> Messages:
@@ -47,98 +81,138 @@ def styled(messages: Messages, style: str) -> Messages:
     return [*earlier, last | {"content": last["content"] + how.get("suffix", "")}]
 
 
+def _settings(cfg: Config, path: str, backend: str, sampling: dict) -> dict:
+    """The settings of a sampler of the model at `path`."""
+    revision = cfg.model.model_revision
+    settings = {"model": cfg.model.model_name_or_path, "revision": revision}
+    settings |= {"weights": weights_state(path, revision), "dtype": str(cfg.model.dtype)}
+    return settings | {"backend": backend} | sampling
+
+
 def transformers_sampler(cfg: Config, path: str, **sampling) -> Sampler:
-    """Answers by `generate`, in 16 bits; the numbers are those of `sampling`."""
-    model = AutoModelForCausalLM.from_pretrained(
-        path, revision=cfg.model.model_revision, dtype=cfg.model.dtype,
-        device_map={"": cfg.dpo.device},
-    )  # fmt: skip
-    tokenizer = load_tokenizer(path, cfg.model.model_revision)
+    """Answers by `generate`, in 16 bits; `sampling` has `max_new_tokens`, `temperature` and
+    `top_p`."""
 
-    def sample(prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
-        torch.manual_seed(seed)
-        replies = generate_replies(
-            model, tokenizer, prompts, batch_size=len(prompts), label=None, **sampling
-        )
-        return [(reply.text, reply.length, reply.finished) for reply in replies]
+    def load() -> Sample:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=cfg.model.model_revision, dtype=cfg.model.dtype,
+            device_map={"": cfg.dpo.device},
+        )  # fmt: skip
+        tokenizer = load_tokenizer(path, cfg.model.model_revision)
 
-    return sample
+        def sample(prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
+            torch.manual_seed(seed)
+            replies = generate_replies(
+                model, tokenizer, prompts, batch_size=len(prompts), label=None, **sampling
+            )
+            return [(reply.text, reply.length, reply.finished) for reply in replies]
+
+        return sample
+
+    return Sampler(_settings(cfg, path, "transformers", sampling), load)
 
 
 def vllm_sampler(cfg: Config, path: str, *, max_new_tokens: int, **sampling) -> Sampler:
     """Answers by vLLM, for a GPU. https://docs.vllm.ai/en/latest/api/vllm/sampling_params.html"""
-    from vllm import LLM, SamplingParams
+    settings = _settings(cfg, path, "vllm", {"max_new_tokens": max_new_tokens} | sampling)
 
-    llm = LLM(model=path, revision=cfg.model.model_revision, dtype=str(cfg.model.dtype))
+    def load() -> Sample:
+        from vllm import LLM, SamplingParams
 
-    def sample(prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
-        how = [
-            SamplingParams(max_tokens=max_new_tokens, seed=seed * 100_003 + i, **sampling)
-            for i in range(len(prompts))
-        ]
-        outputs = [o.outputs[0] for o in llm.chat(prompts, how, use_tqdm=False)]
-        return [
-            (o.text.strip(), len(o.token_ids) - (o.finish_reason == "stop"),
-             o.finish_reason == "stop")
-            for o in outputs
-        ]  # fmt: skip
+        llm = LLM(model=path, revision=cfg.model.model_revision, dtype=str(cfg.model.dtype))
+        # Besides these, vLLM stops at those of the model's generation_config by itself.
+        ends = sorted(end_tokens(load_tokenizer(path, cfg.model.model_revision)))
 
-    return sample
+        def sample(prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
+            params = [
+                SamplingParams(
+                    max_tokens=max_new_tokens, seed=seed * 100_003 + i, stop_token_ids=ends,
+                    **sampling,
+                )
+                for i in range(len(prompts))
+            ]  # fmt: skip
+            outputs = [o.outputs[0] for o in llm.chat(prompts, params, use_tqdm=False)]
+            return [
+                (o.text.strip(), len(o.token_ids) - (o.finish_reason == "stop"),
+                 o.finish_reason == "stop")
+                for o in outputs
+            ]  # fmt: skip
+
+        return sample
+
+    return Sampler(settings, load)
 
 
 def sample_answers(
-    sample: Sampler, prompts: list[dict], path: Path, *,
+    sampler: Sampler, prompts: list[dict], path: Path, *,
     styles: dict[str, int], batch_size: int, seed: int,
 ) -> list[dict]:  # fmt: skip
-    """Sample answers to `prompts` into the JSON-lines file `path`, and return all its rows.
+    """All answers to `prompts`; those that are not in the JSON-lines file `path` are sampled.
 
-    Each batch has its own seed, so a run that was stopped and resumed writes the same file as one
-    that was not; what a kill left of a batch is sampled again. A row holds `id`, `style`, `text`,
-    `tokens` (end of turn not counted) and `finished` (whether the model ended its turn in time).
+    A line of `path` is a batch, and each batch has its own seed, so a run that was stopped and
+    resumed writes the same file as one that was not. An answer is taken from `path` if sampler,
+    seed, style and the prompt's text are those it was sampled with; after an edited prompt, only
+    its own answers are missing. Lines that nothing asks for any more are left alone.
+
+    Returns rows with `id`, `style`, `text`, `tokens` (end of turn not counted), `finished` (whether
+    the model ended its turn in time) and `key`.
     """
-    jobs = [(s, p) for s, n in styles.items() for p in prompts for _ in range(n)]
-    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
-    rows = read_jsonl(path)
-    done = len(batches) if len(rows) == len(jobs) else len(rows) // batch_size
-    rows = rows[: done * batch_size]
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(line(row) for row in rows)
-        for index, batch in enumerate(batches[done:], start=done):
-            answers = sample([styled(p["messages"], style) for style, p in batch], seed + index)
-            for (style, p), (text, tokens, finished) in zip(batch, answers, strict=True):
-                row = {"id": p["id"], "style": style, "text": text}
-                rows.append(row | {"tokens": tokens, "finished": finished})
-                file.write(line(rows[-1]))
+    came_from = digest([sampler.settings, batch_size, seed])
+    jobs: dict[str, dict] = {}
+    for style, count in styles.items():
+        for prompt in prompts:
+            messages = styled(prompt["messages"], style)
+            for number in range(count):
+                key = digest([came_from, prompt["id"], style, number, messages])
+                jobs[key] = {"id": prompt["id"], "style": style, "messages": messages}
+    batches = read_jsonl(path)
+    answers = {row["key"]: row for batch in batches for row in batch["answers"]}
+    missing = [key for key in jobs if key not in answers]
+    with append_to(path) as file:
+        for number, at in enumerate(range(0, len(missing), batch_size), start=len(batches)):
+            keys = missing[at : at + batch_size]
+            texts = sampler([jobs[key]["messages"] for key in keys], seed + number)
+            for key, (text, tokens, finished) in zip(keys, texts, strict=True):
+                row = {"id": jobs[key]["id"], "style": jobs[key]["style"], "text": text}
+                answers[key] = row | {"tokens": tokens, "finished": finished, "key": key}
+            file.write(line({"answers": [answers[key] for key in keys]}))
             file.flush()
-            print(f"sampled {len(rows)}/{len(jobs)} answers", flush=True)
-    return rows
+            left = len(missing) - at - len(keys)
+            print(f"sampled {len(jobs) - left}/{len(jobs)} answers", flush=True)
+    return [answers[key] for key in jobs]
 
 
 def judge_answers(judge: Judge, prompts: list[dict], answers: list[dict], path: Path) -> list[dict]:
-    """The pairs that `judge` finds, prompt by prompt; those already in `path` are not asked again.
+    """The pairs that `judge` makes of `answers`, in the order of `prompts`.
 
-    A line of `path` holds the `id` of a prompt and its `pairs`, none if the judge saw a tie.
+    A line of `path` is the verdict on one prompt: its `id`, its `pairs` (none if the judge saw a
+    tie) and a `key`. A verdict is taken from there if judge, prompt (its facts and other fields
+    too) and answers are those it was given on; otherwise the judge is asked.
     """
     by_prompt = defaultdict(list)
-    for number, answer in enumerate(answers):
-        by_prompt[answer["id"]].append(answer | {"sample": number})
-    judged = read_jsonl(path)
-    rest = prompts[len(judged) :]
+    for answer in answers:
+        row = {k: v for k, v in answer.items() if k != "key"}
+        by_prompt[answer["id"]].append(row | {"sample": len(by_prompt[answer["id"]])})
+    keys = [
+        digest([judge.settings, {k: v for k, v in p.items() if k != "split"}, by_prompt[p["id"]]])
+        for p in prompts
+    ]
+    verdicts = {row["key"]: row["pairs"] for row in read_jsonl(path)}
+    rest = [(key, p) for key, p in zip(keys, prompts, strict=True) if key not in verdicts]
     pool = ThreadPoolExecutor(judge.workers)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(line(row) for row in judged)
-        file.flush()
+    with append_to(path) as file:
         try:
-            verdicts = pool.map(lambda prompt: judge(prompt, by_prompt[prompt["id"]]), rest)
-            for prompt, verdict in zip(rest, verdicts, strict=True):
-                judged.append({"id": prompt["id"], "pairs": [as_row(prompt, p) for p in verdict]})
-                file.write(line(judged[-1]))
+            found = pool.map(lambda job: judge(job[1], by_prompt[job[1]["id"]]), rest)
+            for done, ((key, prompt), preferences) in enumerate(zip(rest, found, strict=True), 1):
+                verdicts[key] = [as_row(prompt, preference) for preference in preferences]
+                file.write(line({"key": key, "id": prompt["id"], "pairs": verdicts[key]}))
                 file.flush()
-                if len(judged) % 50 == 0 or len(judged) == len(prompts):
-                    print(f"judged {len(judged)}/{len(prompts)} prompts", flush=True)
+                if done % 50 == 0 or done == len(rest):
+                    total = len(prompts) - len(rest) + done
+                    print(f"judged {total}/{len(prompts)} prompts", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)  # a judge that failed is not asked about the rest
-    return [pair for row in judged for pair in row["pairs"]]
+    return [pair for key in keys for pair in verdicts[key]]
 
 
 def as_row(prompt: dict, preference: Preference) -> dict:
@@ -152,24 +226,6 @@ def as_row(prompt: dict, preference: Preference) -> dict:
         for key in ("sample", "style", "tokens", "finished"):
             row[f"{side}_{key}"] = answer[key]
     return row | preference.verdict
-
-
-def line(row: dict) -> str:
-    """`row` as a JSON line."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; of one that is not there, none. A last line that a kill cut
-    short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028 in a text
-        for text in file:
-            if text.endswith("\n"):
-                rows.append(json.loads(text))
-    return rows
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -191,6 +247,8 @@ def read_prompts(path: Path) -> list[dict]:
             name = row.get("id", f"prompt-{number:05d}")
             if name in seen:
                 raise BadRow("duplicate", f"the id {name!r} stands there twice")
+            if row.get("split", "train") not in SPLITS:
+                raise BadRow("type", f"split is {row['split']!r}, not train or test")
         except BadRow as error:
             raise RecipeError(f"{where}: {error}") from None
         seen.add(name)
@@ -207,25 +265,6 @@ def parse_styles(text: str) -> dict[str, int]:
             raise RecipeError(f"--samples takes style=count of {', '.join(STYLES)}, got {part!r}")
         styles[name] = int(count)
     return styles
-
-
-def keep_settings(folder: Path, settings: dict) -> None:
-    """Write the settings that the files in `folder` come from.
-
-    Raises:
-        RecipeError: the folder was begun with other settings, so its answers cannot be gone on with
-    """
-    path = folder / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [k for k in settings if before.get(k) != settings[k]]
-        if changed:
-            changes = ", ".join(f"{k} was {before.get(k)!r}, is {settings[k]!r}" for k in changed)
-            raise RecipeError(
-                f"{folder.parent} was begun with other settings ({changes}); take another --out"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def make_judge(args: argparse.Namespace, cfg: Config) -> Judge:
@@ -253,35 +292,26 @@ def pick_backend(name: str) -> str:
 def build(args: argparse.Namespace) -> None:
     """The command `python -m scripts.data build`, with its options in `args`."""
     cfg = config_from_args(args)
-    prompts, styles, work = (
-        read_prompts(args.prompts),
-        parse_styles(args.samples),
-        args.out / ".build",
-    )
+    prompts, styles = read_prompts(args.prompts), parse_styles(args.samples)
+    work = args.out / ".build"
     judge = make_judge(args, cfg)  # first: a judge that is not there costs no sampling
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
+    make = vllm_sampler if pick_backend(args.backend) == "vllm" else transformers_sampler
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
-    sampling |= {"max_new_tokens": args.max_new_tokens}
-    backend = pick_backend(args.backend)
-    settings = {"model": cfg.model.model_name_or_path, "source": where, "backend": backend}
-    settings |= {"samples": styles, "seed": args.seed, "batch_size": args.batch_size, **sampling}
-    settings |= {"judge": judge.name, "prompts": [p["id"] for p in prompts]}
-    keep_settings(work, settings)
-    samples = work / "samples.jsonl"
-    if len(read_jsonl(samples)) == len(prompts) * sum(styles.values()):
-        sample = None  # all there: no need for the model
-    else:
-        make = vllm_sampler if backend == "vllm" else transformers_sampler
-        sample = make(cfg, path, **sampling)
-    answers = sample_answers(
-        sample, prompts, samples, styles=styles, batch_size=args.batch_size, seed=args.seed
-    )
+    sampler = make(cfg, path, max_new_tokens=args.max_new_tokens, **sampling)
+    draws = {"batch_size": args.batch_size, "seed": args.seed}
+    keep_settings(work, sampler.settings | draws)
+    answers = sample_answers(sampler, prompts, work / "samples.jsonl", styles=styles, **draws)
     pairs = judge_answers(judge, prompts, answers, work / "judged.jsonl")
-    about = {k: settings[k] for k in ("model", "judge", "seed", "temperature", "top_p")}
+    about = {"model": cfg.model.model_name_or_path, "judge": judge.name, "seed": args.seed}
     splits = {p["id"]: p.get("split", "train") for p in prompts}
-    for split in sorted(set(splits.values()), reverse=True):
-        rows = [pair | about for pair in pairs if splits[pair["id"]] == split]
-        (args.out / f"{split}.jsonl").write_text("".join(map(line, rows)), encoding="utf-8")
-        print(f"{split}: {len(rows)} pairs from {list(splits.values()).count(split)} prompts")
+    for split in SPLITS:
+        file, count = args.out / f"{split}.jsonl", list(splits.values()).count(split)
+        if not count:
+            file.unlink(missing_ok=True)  # of an earlier call, whose prompts were others
+            continue
+        rows = [pair | about | sampling for pair in pairs if splits[pair["id"]] == split]
+        write_whole(file, rows)
+        print(f"{split}: {len(rows)} pairs from {count} prompts")
     print(f"check them: python -m scripts.data check --set dataset_name={args.out}")

@@ -1,14 +1,15 @@
 """What can be wrong with a preference pair, how to tell, and how to fix it.
 
-`KINDS` names every finding. A *bad* row cannot be trained on, or would teach the wrong thing; it is
-an error or is dropped (`on_bad_rows`). The others are remarks: the row is used.
+`KINDS` lists every kind of finding. A *bad* row cannot be trained on, or would teach the wrong
+thing: the config's `on_bad_rows` says whether it stops the run or is left out. The other findings
+are remarks on rows that are used.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,18 +31,25 @@ KINDS: dict[str, Kind] = {
     "unreadable": Kind(True, "not a row at all", "correct the line, or export the file anew"),
     "encoding": Kind(True, "wrongly decoded text", "export the source as UTF-8; do not patch it"),
     "missing": Kind(True, "a field is missing or null", "fill it in; see dataset_columns"),
-    "type": Kind(True, "a value that is not text", "write it as text"),
+    "type": Kind(True, "a value of the wrong type", "write it as text (tools: as a list)"),
     "roles": Kind(True, "roles out of order", "system?, then user and assistant by turns"),
     "turns": Kind(True, "an answer of several turns", "put earlier turns into the prompt"),
     "empty": Kind(True, "an empty prompt or answer", "leave the row out, or fill it in"),
     "equal": Kind(True, "chosen and rejected are the same", "leave it out: it teaches nothing"),
+    "template": Kind(
+        True, "the chat template refuses it", "write it as this model's template asks"
+    ),
     "special": Kind(True, "special tokens typed in the text", "strip them; the template adds them"),
     "unended": Kind(True, "the answer has no end of turn", "use a chat template that ends turns"),
     "no_room": Kind(True, "the prompt fills max_length", "raise max_length, or shorten the prompt"),
     "cut_equal": Kind(True, "the same answers once cut", "raise max_length"),
     "duplicate": Kind(True, "the same pair again", "keep one"),
-    "contradiction": Kind(True, "the same two answers, both ways", "decide, or leave both out"),
-    "leak": Kind(True, "a training prompt is held out too", "keep it on one side only"),
+    "contradiction": Kind(
+        True, "the same answers, either one chosen", "keep one of the rows, or neither"
+    ),
+    "leak": Kind(True, "a held-out prompt is trained on too", "keep it in one split only"),
+    "near_equal": Kind(False, "the answers hardly differ", "see that the difference is meant"),
+    "near_duplicate": Kind(False, "nearly the same pair again", "see that both are meant"),
     "truncated": Kind(False, "an answer is cut at max_length", "raise max_length if memory allows"),
     "breaks_off": Kind(False, "chosen stops mid-sentence", "prefer answers that were finished"),
     "markup": Kind(False, "marks of another chat template", "strip them, or name the right format"),
@@ -59,7 +67,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Report:
-    """All findings on a dataset, and the tokens of every pair that is left."""
+    """All findings on a dataset, and the lengths in tokens of the pairs without bad findings."""
 
     findings: list[Finding] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)  # in the source, by split
@@ -85,13 +93,20 @@ MARKUP = re.compile(
 
 
 def normalised(text: str) -> str:
-    """`text` without what no reader would call a difference: case, width, spaces, end marks."""
+    """`text` without case, width, spacing, and the marks at its ends: for finding what is *nearly*
+    the same. Any of these may be the whole point of a preference (`5²` over `52`, code with the
+    right indentation), so nothing is called equal on the strength of it."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return INVISIBLE.sub(" ", text).strip(" .!?\"'")
 
 
-def _conversation(messages: Messages) -> str:
-    return "\n".join(f"{m['role']}: {normalised(m['content'])}" for m in messages)
+def _trimmed(text: str) -> str:
+    return text.strip()
+
+
+def _conversation(messages: Messages, form: Callable[[str], str]) -> str:
+    """One text for a list of messages, with each content put through `form`."""
+    return "\n".join(f"{m['role']}: {form(m['content'])}" for m in messages)
 
 
 def roles_problem(pair: dict[str, Messages]) -> tuple[str, str] | None:
@@ -149,38 +164,58 @@ def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iter
         elif match := MARKUP.search(text):
             yield "markup", f"{side} has {match.group().strip()!r}"
     chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
-    if INVISIBLE.sub("", chosen) and normalised(chosen) == normalised(rejected):
-        how = "word for word" if chosen == rejected else "but for case, spaces or end marks"
-        yield "equal", f"the two answers are the same, {how}"
+    if INVISIBLE.sub("", chosen):  # an empty one is reported as that
+        if chosen.strip() == rejected.strip():
+            where = "" if chosen == rejected else ", but for white space around them"
+            yield "equal", f"the two answers are the same, word for word{where}"
+        elif normalised(chosen) == normalised(rejected):
+            yield "near_equal", "the answers differ only in case, spacing, width or end marks"
     end = chosen.rstrip()[-1:]
     if (end.isascii() and end.isalpha()) or end in (",", ";"):
         yield "breaks_off", f"chosen ends with {chosen.rstrip()[-20:]!r}"
 
 
 def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Pairs that say again, or say against, what an earlier one said: (index, kind, detail)."""
-    seen: dict[tuple, int] = {}
+    """Pairs that repeat or contradict an earlier one: (index, kind, detail).
+
+    Rows are dropped for this, so it compares the texts as they are, outer white space aside: pairs
+    that teach case or spacing differ in nothing else. Near repeats are remarks.
+    """
+    exact: dict[tuple[int, ...], int] = {}
+    near: dict[tuple[int, ...], int] = {}
     reported: set[int] = set()
     for index, pair in enumerate(pairs):
-        prompt, chosen, rejected = (
-            hash(_conversation(pair[side])) for side in ("prompt", "chosen", "rejected")
-        )
-        if (prompt, chosen, rejected) in seen:
-            first = seen[prompt, chosen, rejected]
-            yield index, "duplicate", f"the same pair as {wheres[first]}"
+        prompt, chosen, rejected = key = _pair_key(pair, _trimmed)
+        if key in exact:
+            yield index, "duplicate", f"the same pair as {wheres[exact[key]]}"
             continue
-        seen[prompt, chosen, rejected] = index
-        if (prompt, rejected, chosen) in seen:
-            other = seen[prompt, rejected, chosen]
+        exact[key] = index
+        first = near.setdefault(_pair_key(pair, normalised), index)
+        if first != index:
+            yield index, "near_duplicate", f"nearly the same pair as {wheres[first]}"
+        if (prompt, rejected, chosen) in exact:
+            other = exact[prompt, rejected, chosen]
             for one, two in ((other, index), (index, other)):
                 if one not in reported:
                     reported.add(one)
                     yield one, "contradiction", f"the other way round in {wheres[two]}"
 
 
+def _pair_key(pair: dict, form: Callable[[str], str]) -> tuple[int, ...]:
+    """Hashes of prompt, chosen and rejected: of many long pairs, the texts would not fit twice."""
+    return tuple(hash(_conversation(pair[side], form)) for side in ("prompt", "chosen", "rejected"))
+
+
 def prompt_key(pair: dict) -> str:
-    """What makes two prompts the same: the normalised conversation, the system message aside."""
-    return _conversation([m for m in pair["prompt"] if m["role"] != "system"])
+    """What makes two prompts the same where a split is concerned: the normalised conversation, the
+    system message aside.
+
+    Normalised, because a prompt in other capitals gives the held-out one away all the same. The
+    mistake it can make, to call two different prompts one, costs a training row; the opposite one
+    would flatter the evaluation.
+    """
+    talk = [m for m in pair["prompt"] if m["role"] != "system"]
+    return _conversation(talk, normalised)
 
 
 def leaks(train: list[dict], held_out: list[dict], wheres: list[str]) -> Iterator[tuple]:
@@ -194,21 +229,30 @@ def leaks(train: list[dict], held_out: list[dict], wheres: list[str]) -> Iterato
 def token_problems(
     ids: dict[str, list[int]], ends: set[int], max_length: int | None, mode: str
 ) -> Iterator[tuple]:
-    """What is wrong with the tokens of one pair, and what the cut at `max_length` takes."""
+    """What is wrong with the tokens of one pair, and what the cut at `max_length` takes.
+
+    `ids` are the tokens of prompt, chosen and rejected as the trainer has them, `ends` those that
+    end a turn. `no_room` is TRL's own rule: its trainer leaves such a row out without a word.
+    """
     prompt, chosen, rejected = (ids[side] for side in ("prompt", "chosen", "rejected"))
     for side in ("chosen", "rejected"):
         if not ends.intersection(ids[side][-3:]):  # a template may end with a line break
             yield "unended", f"{side} ends without {' or '.join(map(str, sorted(ends)))}"
+    if max_length is not None and mode == "keep_start" and len(prompt) >= max_length:
+        yield "no_room", f"the prompt has {len(prompt)} tokens, max_length is {max_length}"
+        return
+    if chosen == rejected:
+        yield "equal", "the two answers are the same tokens"
+        return
     longest = max(len(chosen), len(rejected))
     if max_length is None or len(prompt) + longest <= max_length:
         return
     room = max_length - len(prompt) if mode == "keep_start" else max_length
-    if room <= 0:
-        yield "no_room", f"the prompt has {len(prompt)} tokens, max_length is {max_length}"
-    elif mode == "keep_start" and chosen[:room] == rejected[:room]:
+    left = slice(room) if mode == "keep_start" else slice(-room, None)  # as TRL's collator cuts
+    if chosen[left] == rejected[left]:
         yield "cut_equal", f"the answers are the same in the {room} tokens that are left"
-    else:
-        lost = {s: len(prompt) + len(ids[s]) - max_length for s in ("chosen", "rejected")}
-        parts = ", ".join(f"{s} {n} of {len(ids[s])}" for s, n in lost.items() if n > 0)
-        what = "end" if mode == "keep_start" else "beginning, the prompt first"
-        yield "truncated", f"tokens lost at the {what}: {parts}"
+        return
+    lost = {s: len(prompt) + len(ids[s]) - max_length for s in ("chosen", "rejected")}
+    parts = ", ".join(f"{s} {n} of {len(ids[s])}" for s, n in lost.items() if n > 0)
+    what = "end" if mode == "keep_start" else "beginning, the prompt first"
+    yield "truncated", f"tokens lost at the {what}: {parts}"

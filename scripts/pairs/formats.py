@@ -9,25 +9,29 @@
 | `alpaca` | `instruction`, `chosen` or `output`, `rejected` | with `input` and `history` where there are any |
 | `sharegpt` | `conversations`, `chosen`, `rejected` | messages as `from` and `value` |
 
-A `system` column is kept in every format. See https://huggingface.co/docs/trl/dataset_formats.
+A `system` column becomes the system message in every format. Columns that the format does not read
+outlive it. See https://huggingface.co/docs/trl/dataset_formats.
 """  # noqa: E501
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl import extract_prompt
 
 Messages = list[dict[str, str]]
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+WIDE_END = re.compile("[。？！：]")  # ends a sentence without a space after it
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class BadRow(Exception):
-    """A row that is no preference pair: `kind` is a key of `checks.KINDS`, and what is wrong."""
+    """A row that cannot be read as a pair: the kind of its fault (a key of `checks.KINDS`), and the
+    fault in words."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -75,7 +79,7 @@ def _answers(row: dict) -> tuple[Messages, Messages]:
 
 
 def _split(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
-    """Two whole conversations, parted where they differ."""
+    """The pair in two whole conversations: the prompt is the turns that they begin with alike."""
     if min(len(chosen), len(rejected)) < 2:
         raise BadRow("roles", "the answers hold no prompt, and there is no prompt column")
     pair = extract_prompt({"chosen": chosen, "rejected": rejected})
@@ -90,24 +94,36 @@ def from_explicit(row: dict) -> dict[str, Messages]:
     return _pair(as_messages(row.get("prompt"), "user", "prompt"), chosen, rejected)
 
 
-def from_implicit(row: dict) -> dict[str, Messages]:
-    """TRL's implicit prompt: what `chosen` and `rejected` begin with alike.
+def _prompt_size(chosen: str, rejected: str) -> int:
+    """How many characters of two texts are their common prompt, or 0.
 
-    Of plain text that is cut back to the last line break or end of a sentence: two answers may
-    begin with the same words, and those are no part of the prompt.
+    What they begin with alike is cut back to the last line break or end of a sentence, as two
+    answers may begin with the same words; where there is none, to the end of a word.
     """
+    common = len(extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"])
+
+    def between_words(at: int) -> bool:
+        after = {text[at : at + 1] for text in (chosen, rejected)}
+        return chosen[at - 1].isspace() or all(not c or c.isspace() for c in after)
+
+    cuts = [at for at in range(1, common + 1) if between_words(at)]
+    sentences = [at for at in cuts if chosen[at - 1] in "\n.?!:"]
+    sentences += [m.end() for m in WIDE_END.finditer(chosen, 0, common)]
+    return max(sentences or cuts, default=0)
+
+
+def from_implicit(row: dict) -> dict[str, Messages]:
+    """TRL's implicit prompt: what `chosen` and `rejected` begin with alike (`_prompt_size`)."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return _split(*_answers(row))
     if not chosen or not rejected:
         raise BadRow("empty", f"{'rejected' if chosen else 'chosen'} is empty")
-    prompt = extract_prompt({"chosen": chosen, "rejected": rejected})["prompt"]
-    ends = [m.end() for m in re.finditer(r"\n|[.?!:](?=\s|$)", prompt)]
-    size = ends[-1] if ends else len(prompt)
-    if not prompt[:size].strip():
-        raise BadRow("missing", "chosen and rejected begin with no common prompt")
+    size = _prompt_size(chosen, rejected)
+    if not chosen[:size].strip():
+        raise BadRow("missing", "chosen and rejected begin with no common prompt of whole words")
     return _pair(
-        [{"role": "user", "content": prompt[:size].strip()}],
+        [{"role": "user", "content": chosen[:size].strip()}],
         [{"role": "assistant", "content": chosen[size:].lstrip()}],
         [{"role": "assistant", "content": rejected[size:].lstrip()}],
     )
@@ -158,26 +174,41 @@ def from_alpaca(row: dict) -> dict[str, Messages]:
     return _pair([*earlier, {"role": "user", "content": question}], *_answers(row))
 
 
-# The columns that tell a format (`|`: either will do), and how one of its rows becomes messages.
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict], dict[str, Messages]]]] = {
-    "explicit": (("prompt", "chosen", "rejected"), from_explicit),
-    "orca": (("question", "chosen", "rejected"), from_orca),
-    "sharegpt": (("conversations", "chosen", "rejected"), from_sharegpt),
-    "alpaca": (("instruction", "chosen|output", "rejected|output"), from_alpaca),
-    "hh": (("chosen", "rejected"), from_hh),
-    "implicit": (("chosen", "rejected"), from_implicit),
+class Format(NamedTuple):
+    """A format: the columns that tell it (`|`: either will do), how one of its rows becomes
+    messages, and what it reads where it is there."""
+
+    needed: tuple[str, ...]
+    convert: Callable[[dict], dict[str, Messages]]
+    optional: tuple[str, ...] = ()
+
+    def reads(self) -> set[str]:
+        """All columns that this format reads; `system` is read in every one."""
+        return {"system", *self.optional, *"|".join(self.needed).split("|")}
+
+
+FORMATS: dict[str, Format] = {
+    "explicit": Format(("prompt", "chosen", "rejected"), from_explicit),
+    "orca": Format(("question", "chosen", "rejected"), from_orca),
+    "sharegpt": Format(("conversations", "chosen", "rejected"), from_sharegpt),
+    "alpaca": Format(
+        ("instruction", "chosen|output", "rejected|output"), from_alpaca, ("input", "history")
+    ),
+    "hh": Format(("chosen", "rejected"), from_hh),
+    "implicit": Format(("chosen", "rejected"), from_implicit),
 }
-# What a format reads besides; these columns do not outlive the conversion.
-USED = {"system", "question", "conversations", "instruction", "input", "output", "history"}
 
 
 def fits(name: str, columns: set[str]) -> bool:
     """Whether `columns` has all that the format `name` needs."""
-    return all(columns & set(needed.split("|")) for needed in FORMATS[name][0])
+    return all(columns & set(needed.split("|")) for needed in FORMATS[name].needed)
 
 
 def detect(columns: set[str], sample: list[dict]) -> str | None:
-    """The format that `columns` and the first rows speak for, or None."""
+    """The name of the format that `columns` and the first rows fit, or None.
+
+    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts.
+    """
     names = [name for name in FORMATS if fits(name, columns)]
     if names and names[0] == "hh":
         texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
@@ -192,7 +223,7 @@ def to_pair(row: dict, name: str) -> dict[str, Messages]:
     Raises:
         BadRow: the row lacks something, or holds something other than text.
     """
-    pair = FORMATS[name][1](row)
+    pair = FORMATS[name].convert(row)
     first = pair["prompt"][0] if pair["prompt"] else {}
     if first.get("role") == "system" and not first["content"].strip():
         pair["prompt"] = pair["prompt"][1:]  # the template would spend tokens on saying nothing
@@ -200,3 +231,39 @@ def to_pair(row: dict, name: str) -> dict[str, Messages]:
     if system.strip() and not any(message["role"] == "system" for message in pair["prompt"]):
         pair["prompt"] = [{"role": "system", "content": system}, *pair["prompt"]]
     return pair
+
+
+def further_columns(row: dict, name: str) -> dict[str, Any]:
+    """The columns of `row` that the format `name` does not read, such that TRL's trainer takes
+    them: it reads `tools` and `chat_template_kwargs`, and takes `image` or `images`, even empty
+    ones, for the sign of a vision dataset.
+
+    Raises:
+        BadRow: the row has images, or its `tools` or `chat_template_kwargs` cannot be used.
+    """
+    kept = {k: v for k, v in row.items() if k not in FORMATS[name].reads()}
+    for column in ("image", "images"):
+        if kept.pop(column, None):
+            raise BadRow("type", f"{column} holds an image; the recipe trains on text alone")
+    if "tools" in kept:
+        kept["tools"] = _tools(kept["tools"])
+    if "chat_template_kwargs" in kept:
+        options = kept["chat_template_kwargs"]
+        if not isinstance(options or {}, dict):
+            raise BadRow("type", "chat_template_kwargs is not an object of options")
+        kept["chat_template_kwargs"] = options or {}
+    return kept
+
+
+def _tools(tools: Any) -> str | None:
+    """Tools as JSON, the form in which schemas of any shape fit into one column; none as None."""
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise BadRow("type", f"tools is text that is not JSON: {error}") from None
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRow("type", "tools is not a list of JSON schemas")
+    return json.dumps(tools, ensure_ascii=False)

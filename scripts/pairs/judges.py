@@ -1,12 +1,14 @@
 """Judges: given one prompt and the answers sampled to it, say which of them make a pair.
 
-A judge is a callable `(prompt, answers) -> [Preference]` with a `name`; ties give no pair. `prompt`
-has `messages` and perhaps `facts`; an answer has `text`, `tokens`, `finished` and `style`.
-A judge's `workers` is how many prompts it can be asked about at a time.
+A judge is a callable `(prompt, answers) -> [Preference]`; ties give no pair. `prompt` has
+`messages` and perhaps `facts`; an answer has `text`, `tokens`, `finished` and `style`. A judge has
+a `name`, `settings` (all that its verdicts depend on, prompt and answers aside), and `workers`: how
+many prompts it can be asked about at a time.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -23,6 +25,8 @@ from urllib3.util import Retry
 from scripts.config import RecipeError
 from scripts.measures.text import fact_recall, repeated_ngram_share
 from scripts.model import load_tokenizer
+from scripts.pairs.provenance import weights_state
+from scripts.pairs.tokens import tokenize_conversations
 
 
 class JudgeError(RecipeError):
@@ -39,12 +43,12 @@ class Preference(NamedTuple):
 
 
 class Rule:
-    """The rule of the default data: short, finished, to the point, and nothing left out.
+    """The rule that made the default data: it prefers short, finished answers with all key facts.
 
     An answer is good if it is finished within 80 tokens, ends with a full stop or the like, is one
     paragraph, repeats (next to) nothing, and mentions as many key facts as any of the answers does,
-    at least one where the prompt has any. Chosen is the longest good one: the limit sees to
-    brevity, and within it the shortest of eight is often the emptiest, whatever words it mentions.
+    at least one where the prompt has any. Chosen is the longest good one: the limit of 80 tokens
+    makes it brief enough, and the very shortest answer often says next to nothing.
 
     - `concise`: rejected is the longest answer to the plain question, at least 1.5 times as long.
     - `content`: rejected is a finished answer of much the same length (0.67 to 1.5 times) that
@@ -52,6 +56,11 @@ class Rule:
     """
 
     name, workers = "rule", 1
+
+    @property
+    def settings(self) -> dict:
+        """The rule is its code: after any change of it, prompts are judged anew."""
+        return {"judge": self.name, "code": inspect.getsource(Rule)}
 
     def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
         answers = [
@@ -97,14 +106,14 @@ class Rule:
 class RewardModel:
     """A reward model from the hub or a folder: one score for a whole conversation.
 
-    Chosen is the finished answer of the highest score, rejected the one of the lowest. A pair whose
-    scores are nearer than `least_gap` is a tie.
+    Chosen is the finished answer of the highest score, rejected the one of the lowest. If their
+    scores are `least_gap` apart or less, that is a tie.
     https://huggingface.co/docs/transformers/model_doc/auto#transformers.AutoModelForSequenceClassification
     """
 
     def __init__(self, path: str, device: str | torch.device = "cpu", least_gap: float = 0.0):
         self.name, self.workers = f"reward:{path}", 1
-        self.least_gap = least_gap
+        self.path, self.least_gap = path, least_gap
         try:
             self.tokenizer = load_tokenizer(path)
             self.model = AutoModelForSequenceClassification.from_pretrained(
@@ -117,20 +126,28 @@ class RewardModel:
             raise JudgeError(
                 f"{path} gives {self.model.config.num_labels} numbers, a reward model gives one"
             )
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # it scores the last token
+        # With a pad token, transformers reads the score at the last token that is not one. Where
+        # the end of turn pads too, that is the token before it. With none, it is the last token.
+        self.model.config.get_text_config().pad_token_id = None
         self.model.eval()
+
+    @property
+    def settings(self) -> dict:
+        """Name, weights and number format of the model, and `least_gap`."""
+        settings = {"judge": self.name, "weights": weights_state(self.path)}
+        return settings | {"dtype": str(self.model.dtype), "least_gap": self.least_gap}
 
     @torch.no_grad()
     def scores(self, prompt: dict, texts: list[str]) -> list[float]:
-        """The rewards of `texts` as answers to `prompt`."""
-        talks = [
-            self.tokenizer.apply_chat_template(
-                [*prompt["messages"], {"role": "assistant", "content": text}], tokenize=False
-            )
-            for text in texts
+        """The rewards of `texts` as answers to `prompt`, read at the last token of each talk.
+
+        One at a time, without padding: no pad token can then be taken for the end of turn.
+        """
+        talks = [[*prompt["messages"], {"role": "assistant", "content": text}] for text in texts]
+        return [
+            self.model(torch.tensor([ids], device=self.model.device)).logits[0, 0].item()
+            for ids in tokenize_conversations(talks, self.tokenizer)
         ]
-        inputs = self.tokenizer(talks, return_tensors="pt", padding=True, add_special_tokens=False)
-        return self.model(**inputs.to(self.model.device)).logits[:, 0].float().tolist()
 
     def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
         scores = self.scores(prompt, [a["text"] for a in answers])
@@ -160,8 +177,8 @@ Reply with JSON only: {{"winner": "A"}}, {{"winner": "B"}} or {{"winner": "tie"}
 class Endpoint:
     """An OpenAI-compatible chat endpoint, asked about two answers at a time, in both orders.
 
-    A judge leans towards whichever answer it reads first; only a verdict that survives the exchange
-    counts, everything else is a tie. Of the finished answers, `pairs` disjoint pairs are drawn,
+    A judge tends to prefer the answer it reads first; only a winner that is the same in both orders
+    counts, anything else is a tie. Of the finished answers, `pairs` disjoint pairs are drawn,
     always the same for a prompt. A busy or failing server (429, 5xx, no answer in time) is asked
     again, later each time or when it says so; a reply that names no winner, up to three times.
     """
@@ -180,6 +197,12 @@ class Endpoint:
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))
         if key := os.environ.get("OPENAI_API_KEY"):
             self.session.headers["Authorization"] = f"Bearer {key}"
+
+    @property
+    def settings(self) -> dict:
+        """The model's name, the question and the number of pairs; not the URL, which is where the
+        same model happens to be served."""
+        return {"judge": self.name, "pairs": self.pairs, "question": QUESTION, "temperature": 0}
 
     def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
         distinct = list({a["text"]: a for a in answers if a["finished"] and a["text"]}.values())

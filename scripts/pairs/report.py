@@ -1,4 +1,4 @@
-"""A report on a dataset as tables and text: sizes, lengths, what the cut takes, length bias."""
+"""A report on a dataset as tables and text: sizes, lengths, what truncation loses, length bias."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ MOSTLY_LENGTH = 0.7
 
 
 def length_bias(lengths: np.ndarray) -> dict[str, float]:
-    """How much length alone tells: the shares in which chosen is longer and shorter, and the
-    accuracy of the better of the two rules "longer wins" and "shorter wins" (ties count half).
+    """How well length alone predicts which answer is chosen.
+
+    Returns the shares of pairs whose chosen answer is the longer (`chosen_longer`) and the shorter
+    (`chosen_shorter`), and the accuracy of the better of the two rules "the longer wins" and "the
+    shorter wins" (`length_rule_accuracy`; ties count half).
 
     `lengths` is (pairs, 3): tokens of prompt, chosen and rejected.
     """
@@ -46,7 +49,8 @@ def by_kind(report: Report) -> pd.DataFrame:
 
 
 def lost(report: Report, split: str) -> pd.DataFrame:
-    """What the cut at `max_length` takes of the chosen and the rejected answers of a split."""
+    """How many chosen and rejected answers of a split are cut at `max_length`, and the share of
+    tokens that is lost."""
     prompt, *answers = report.lengths[split].T
     rows = {}
     for side, tokens in zip(("chosen", "rejected"), answers, strict=True):
@@ -85,7 +89,7 @@ def report_text(report: Report) -> str:
 
 
 def bias_text(lengths: np.ndarray) -> str:
-    """`length_bias` in words, with a warning from 70% on (of too few pairs to tell, none)."""
+    """`length_bias` in words, with a warning from `MOSTLY_LENGTH` on if there are enough pairs."""
     bias = length_bias(lengths)
     rule = "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter"
     text = (

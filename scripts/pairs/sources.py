@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -134,21 +135,26 @@ def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
     # Bytes that are not UTF-8 become U+FFFD, which the checks find in their row.
     text = io.StringIO(raw.decode("utf-8-sig", errors="replace"), newline="")
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(text, delimiter="\t" if path.suffix == ".tsv" else ",")
-    _ = reader.fieldnames  # reads the first line, so that the lines are counted from there
+    reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",")
+    columns: list[str] = []
     while True:
-        where = f"{path.name}:{reader.line_num + 1}"
+        where = f"{path.name}:{reader.line_num + 1}"  # a row may span lines: where it begins
         try:
-            row = next(reader, None)
+            cells = next(reader, None)
         except csv.Error as error:
             yield where, None, f"not CSV: {error}"
             continue
-        if row is None:
+        if cells is None:
             return
-        if None in row:
-            yield where, None, f"{len(row[None])} cells more than there are columns"
+        if not cells:  # an empty line
+            continue
+        if not columns:
+            columns = cells
+        elif len(cells) > len(columns):
+            yield where, None, f"{len(cells) - len(columns)} cells more than there are columns"
         else:
-            yield where, {key: _cell(value) for key, value in row.items()}, ""
+            row = dict(zip_longest(columns, map(_cell, cells)))
+            yield where, row, ""
 
 
 def _cell(value: str | None) -> Any:

@@ -1,0 +1,97 @@
+"""What a built file came from, and files that remember it.
+
+Sampling and judging are slow or paid for, so each finished piece of work is a line of a JSON-lines
+file, with a `key` made of everything that it came from. A later call does again what has no line
+under its key, and nothing else: whatever was edited meanwhile, old work is never taken for new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from scripts.config import RecipeError
+
+
+def digest(value: Any) -> str:
+    """A short key of any JSON value: equal values, equal keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def weights_state(path: str, revision: str = "main") -> str:
+    """What tells one state of a model from another: of a model on the hub, its commit; of a folder,
+    a digest of its files.
+
+    They are read whole, at 0.7 GB/s on one core: training may change any part of a file and
+    leave its size, and a time would change when a folder is copied.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        config = cached_file(path, "config.json", revision=revision)
+        return extract_commit_hash(config, None) or revision
+    contents = []
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix != ".md":
+            with file.open("rb") as stream:
+                contents.append((file.name, hashlib.file_digest(stream, "sha256").hexdigest()))
+    return digest(contents)
+
+
+def keep_settings(folder: Path, settings: dict) -> None:
+    """Write the settings that the files in `folder` come from.
+
+    Raises:
+        RecipeError: the folder was begun with other settings. Going on would throw its work away,
+            or mix the work of two models.
+    """
+    path = folder / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        names = [name for name in settings if before.get(name) != settings[name]]
+        if names:
+            changes = (f"{n} was {before.get(n)!r}, is {settings[n]!r}" for n in names)
+            raise RecipeError(
+                f"{folder.parent} was begun with other settings ({', '.join(changes)}); take "
+                "another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def line(row: dict) -> str:
+    """`row` as a JSON line."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSON-lines file; none if there is no file. A last line that a kill cut short is
+    left out."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028 in a text
+        for text in file:
+            if text.endswith("\n"):
+                rows.append(json.loads(text))
+    return rows
+
+
+def append_to(path: Path) -> TextIO:
+    """A JSON-lines file opened to add lines; a last line that a kill cut short goes first."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
+
+
+def write_whole(path: Path, rows: list[dict]) -> None:
+    """Write a JSON-lines file in one step: no other process, and no kill, leaves half of it."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text("".join(map(line, rows)), encoding="utf-8")
+    partial.replace(path)
