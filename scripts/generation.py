@@ -11,11 +11,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 @dataclass
 class Reply:
-    """One generated reply; `ids` ends with the end-of-turn token if the model `finished`."""
+    """One generated reply; `ids` ends with the end-of-turn token if the model `finished`.
+
+    `prompt_ids` are the tokens that it was generated from, without padding.
+    """
 
     text: str
     ids: list[int]
     finished: bool
+    prompt_ids: list[int]
 
     @property
     def length(self) -> int:
@@ -62,11 +66,13 @@ def generate_replies(
             add_special_tokens=False,  # the template has written them already
         ).to(model.device)  # fmt: skip
         output = model.generate(**inputs, generation_config=how)
-        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        padded = inputs["input_ids"].shape[1]
+        for row, (i, ids) in enumerate(zip(batch, output[:, padded:].tolist(), strict=True)):
+            prompt_ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
             end = next((n for n, token in enumerate(ids) if token in stops), None)
             ids = ids if end is None else ids[: end + 1]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            replies[i] = Reply(text, ids, end is not None)
+            replies[i] = Reply(text, ids, end is not None, prompt_ids)
         seconds = time.monotonic() - start
         if label:
             print(f"{label}: {len(replies)}/{len(texts)} replies, {seconds:.0f} s", flush=True)
