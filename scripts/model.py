@@ -13,7 +13,6 @@ if __name__ == "__main__":
     ARGS = cli.parse("model")  # before the libraries load, so that --help is answered at once
 
 import argparse
-import gc
 import hashlib
 import json
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import release_memory
 from huggingface_hub import constants
 from peft import PeftConfig, get_peft_model
 from transformers import (
@@ -193,11 +193,8 @@ def parameter_counts(path: str, peft_config: PeftConfig, revision: str = "main")
 
 def free_memory() -> None:
     """Give back what is no longer referenced; call it after `del model`."""
-    gc.collect()
+    release_memory()  # collects garbage, and empties the cache of a GPU
     return_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def main(args: argparse.Namespace) -> None:
