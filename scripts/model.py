@@ -176,16 +176,20 @@ def load_model(cfg: Config, path: str) -> PreTrainedModel:
     return model
 
 
-def parameter_counts(path: str, peft_config: PeftConfig, revision: str = "main") -> dict[str, int]:
+def parameter_counts(
+    path: str, peft_config: PeftConfig | None, revision: str = "main"
+) -> dict[str, int]:
     """Count the parameters on the meta device: no weights are read or made.
 
     Returns:
-        `trained` (the adapter's), `base` (the model's own) and `total`, in parameters. The share
-        trained is `trained / total`, as PEFT prints it.
+        `trained` (the adapter's; without one, `peft_config` None, all), `base` (the model's own)
+        and `total`, in parameters. The share trained is `trained / total`, as PEFT prints it.
     """
     with init_empty_weights(include_buffers=True):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
         size = base.num_parameters()
+        if peft_config is None:
+            return {"trained": size, "base": size, "total": size}
         model = get_peft_model(base, peft_config)
     trained, total = model.get_nb_trainable_parameters()
     return {"trained": trained, "base": size, "total": total}

@@ -1,6 +1,7 @@
 """Before against after: the figures are what they say they are."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import PAIRS, explicit, token_rows, write_jsonl
 from datasets import Dataset
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 from scripts.data import load_preferences
@@ -137,7 +139,7 @@ def test_implicit_rewards_by_hand():
 )
 def test_rewards_are_log_ratios_of_whole_answers(tiny_run, settings):
     """Untrained: exactly 0. Trained: log-softmaxes of whole logits, row by row, two models."""
-    trainer, cfg = tiny_run(**settings)
+    trainer, cfg = tiny_run(**settings, max_steps=1)
     rows = token_rows(trainer)
     restore_reference(trainer, cfg)
     for reward in implicit_rewards(pair_logps(trainer, rows), trainer.beta):
@@ -152,6 +154,28 @@ def test_rewards_are_log_ratios_of_whole_answers(tiny_run, settings):
             by_hand = [x.sum().item() for x in completion_logps(model, pairs)]
             assert logps[name + side] == pytest.approx(by_hand, abs=2e-4), name + side
     assert (abs(logps["chosen"] - logps["ref_chosen"]) > 0.01).all()  # it was trained
+
+
+@pytest.mark.parametrize("beforehand", [False, True])
+def test_the_reference_of_a_whole_model_is_of_its_revision(
+    tiny_run, tiny_llama3, tmp_path, monkeypatch, beforehand
+):
+    """Two revisions in the hub's cache; the second one is tuned, and is its own reference."""
+    cache = tmp_path / "hub" / "models--tiny--chat"
+    (cache / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (cache / "refs" / revision).write_text(commit)
+        shutil.copytree(tiny_llama3, cache / "snapshots" / commit)
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama3)
+    other.lm_head.weight.data.mul_(2)
+    other.save_pretrained(cache / "snapshots" / ("b" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings = {"model_name_or_path": "tiny/chat", "model_revision": "v2", "use_peft": False}
+    trainer, cfg = tiny_run(**settings, precompute_ref_log_probs=beforehand)
+    restore_reference(trainer, cfg)
+    logps = pair_logps(trainer, token_rows(trainer))
+    assert (logps["chosen"] == logps["ref_chosen"]).all()
 
 
 def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
