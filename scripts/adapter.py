@@ -1,19 +1,49 @@
-"""The trained adapter: saved into the run folder, found there, and put back into a model."""
+"""What training made: saved into the run folder, found there, and put back into a model.
+
+That is the adapter, in `adapter/`; or, in a run without one (`use_peft: false`), the whole model,
+in `model/`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 
 from scripts.cli import RecipeError
 from scripts.config import Config
 
+# What of an adapter's own config changes what the model computes with the same weights, or which
+# weights there are.
+SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules",
+            "rank_pattern", "alpha_pattern", "modules_to_save")  # fmt: skip
+
+
+class AdapterError(RecipeError):
+    """The saved adapter or model is not of the model that it is put into."""
+
+
+def trained_folder(cfg: Config) -> Path:
+    """Where the run's adapter is saved, or its whole model if it trains without one."""
+    return cfg.run_dir / ("adapter" if cfg.model.use_peft else "model")
+
 
 def save_adapter(trainer: DPOTrainer, cfg: Config) -> Path:
-    """Save adapter and tokenizer into the run's `adapter/`: all that training made."""
-    target = cfg.run_dir / "adapter"
+    """Save what training made, and the tokenizer; call it as soon as training is through.
+
+    Returns:
+        The folder: `adapter/`, or `model/` with the whole model of a run without an adapter.
+    """
+    target = trained_folder(cfg)
     if cfg.is_main_process:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(target)
         trainer.processing_class.save_pretrained(target)
@@ -22,21 +52,66 @@ def save_adapter(trainer: DPOTrainer, cfg: Config) -> Path:
 
 
 def require_adapter(cfg: Config) -> Path:
-    """The run's saved adapter.
+    """The run's saved adapter, or whole model, as `save_adapter` wrote it.
 
     Raises:
-        RecipeError: the run has none yet.
+        AdapterError: the run has none yet.
     """
-    adapter = cfg.run_dir / "adapter"
-    if not adapter.is_dir():
-        raise RecipeError(
-            f"no adapter in {cfg.run_dir}; train first, or give the run's config.yaml"
+    target = trained_folder(cfg)
+    if not target.is_dir():
+        raise AdapterError(
+            f"no {target.name} in {cfg.run_dir}; train first, or give the run's config.yaml"
         )
-    return adapter
+    return target
 
 
-def load_adapter(model: PeftModel, adapter: Path) -> None:
-    """Put saved adapter weights into `model`'s own adapter, in place."""
-    outcome = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
-    if outcome.unexpected_keys:
-        raise RecipeError(f"{adapter} does not fit this model: {outcome.unexpected_keys[:3]}")
+def load_adapter(model: PeftModel | PreTrainedModel, saved: Path) -> None:
+    """Put what `save_adapter` wrote to `saved` into `model`, in place.
+
+    Raises:
+        AdapterError: it was trained with another config: names, shapes, or an adapter setting
+            (such as `lora_alpha`, which scales the same weights otherwise) differ.
+    """
+    if isinstance(model, PeftModel):
+        _refuse_other_settings(model, saved)
+        weights = load_peft_weights(str(saved), device="cpu")
+        _refuse_other_shapes(get_peft_model_state_dict(model), weights, saved)
+        set_peft_model_state_dict(model, weights)
+    else:
+        weights = AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype).state_dict()
+        _refuse_other_shapes(model.state_dict(), weights, saved)
+        model.load_state_dict(weights)
+
+
+def _refuse_other_settings(model: PeftModel, saved: Path) -> None:
+    """Raise an `AdapterError` if an adapter's saved config is not that of `model`'s adapter."""
+    theirs, ours = PeftConfig.from_pretrained(str(saved)), model.peft_config["default"]
+    differences = []
+    for name in SETTINGS:
+        there, here = getattr(theirs, name, None), getattr(ours, name, None)
+        if there != here:
+            there, here = (sorted(v) if isinstance(v, set) else v for v in (there, here))
+            differences.append(f"{name} is {there} there and {here} here")
+    _refuse(saved, differences)
+
+
+def _refuse_other_shapes(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], saved: Path
+) -> None:
+    """Raise an `AdapterError` if the saved tensors `theirs` are not those of `ours`."""
+    differences = [f"{name} is missing there" for name in ours if name not in theirs]
+    differences += [f"{name} has no place here" for name in theirs if name not in ours]
+    for name in (name for name in ours if name in theirs):
+        there, here = tuple(theirs[name].shape), tuple(ours[name].shape)
+        if there != here:
+            differences.append(f"{name} is {there} there and {here} here")
+    _refuse(saved, differences)
+
+
+def _refuse(saved: Path, differences: list[str]) -> None:
+    if differences:
+        more = f", and {len(differences) - 3} more" * (len(differences) > 3)
+        raise AdapterError(
+            f"{saved} does not fit this model: {'; '.join(differences[:3])}{more}. Give the "
+            f"config that it was trained with: --config {saved.parent / 'config.yaml'}"
+        )

@@ -98,7 +98,8 @@ def load_config(
 
     Raises:
         ConfigError: the file is missing or is no mapping, a key is unknown (the message names the
-            nearest one), or a value is of the wrong type or refused by TRL.
+            nearest one), a value is of the wrong type or refused by TRL, or weights of 4 or 8 bits
+            are to be trained themselves.
     """
     path = Path(path)
     if not path.is_file() and not path.is_absolute():
@@ -124,6 +125,11 @@ def load_config(
     except (ValueError, TypeError, ImportError) as error:
         no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in str(error))
         raise ConfigError(f"{path.name}: {error}{no_gpu}") from error
+    if not parts["model"].use_peft and (parts["model"].load_in_4bit or parts["model"].load_in_8bit):
+        raise ConfigError(
+            f"{path.name}: `use_peft: false` trains all of the weights, and weights of 4 or 8 bits "
+            "cannot be trained; set load_in_4bit (and load_in_8bit) to false, or use_peft to true"
+        )
     return Config(**parts, given=given)
 
 

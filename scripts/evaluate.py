@@ -2,7 +2,7 @@
 
     python -m scripts.evaluate --config outputs/<run>/config.yaml
 
-repeats the evaluation of a finished run from its saved adapter.
+repeats the evaluation of a finished run from the adapter, or the whole model, that it saved.
 """
 
 from __future__ import annotations
@@ -15,26 +15,34 @@ if __name__ == "__main__":
 import argparse
 import html
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
 from trl import DPOTrainer
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from scripts.adapter import load_adapter, require_adapter
 from scripts.config import Config, config_from_args
-from scripts.generation import generate_replies
-from scripts.measures.statistics import bootstrap
+from scripts.generation import Reply, generate_replies
+from scripts.measures.statistics import AIMS, DRAWS, bootstrap
 from scripts.measures.text import fact_recall, repeated_ngram_share
-from scripts.pairs.tokens import template_options, tokenize_prompts
+from scripts.model import load_model
+from scripts.pairs.tokens import template_options
+from scripts.sharing.forward import log_probs_only, share_prefixes
+from scripts.sharing.trainer import PrefixSharedDPOTrainer
 from scripts.training import assemble
 
-# What is measured: how it is called in the table, and whether more or less of it is better.
+# What is measured of each reply, as columns and figures name it, and as the table does.
 MEASURES = {
     "length": "reply length (tokens)",
     "finished": "replies that finish",
@@ -42,6 +50,23 @@ MEASURES = {
     "base_nll": "base-model loss per token",
     "facts": "key facts mentioned",
 }
+PARTIAL = "replies.partial.jsonl"  # in the run folder while the models still reply
+
+
+@contextmanager
+def reference(trainer: DPOTrainer) -> Iterator[PreTrainedModel]:
+    """The model as it was before training, however `trainer` keeps it.
+
+    A run with an adapter has one model, and its reference is that model with the adapter switched
+    off (or with TRL's frozen copy of an adapter that was there already); a run without one has a
+    second model.
+    """
+    if trainer.ref_model is not None:
+        yield trainer.ref_model
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+            yield trainer.model
 
 
 @torch.no_grad()
@@ -50,10 +75,13 @@ def pair_logps(
 ) -> dict[str, np.ndarray]:
     """Log-probabilities of both answers of tokenised pairs, under policy and reference, in nats.
 
+    Each is a sum over the whole answer, the log pi(y|x) of the DPO paper's eq. 7, and one function
+    scores both models: `ld_alpha`, which weighs an answer's tail down while training, has no part
+    in it, nor have reference log-probabilities that TRL keeps for the loss.
+
     `rows` have `prompt_ids`, `chosen_ids` and `rejected_ids`, as TRL's trainer tokenises them;
     `max_length` cuts them as in training. Returns arrays of shape (pairs,), in the rows' order:
-    `ref_chosen`, `ref_rejected` and, with `policy`, `chosen` and `rejected`. Each is a sum over
-    the answer's tokens, the log pi(y|x) of the DPO paper's eq. 7.
+    `ref_chosen`, `ref_rejected` and, with `policy`, `chosen` and `rejected`.
     """
     model, size = trainer.model, trainer.args.per_device_eval_batch_size
     collate = replace(trainer.data_collator, max_length=max_length)
@@ -65,23 +93,32 @@ def pair_logps(
     for at in range(0, len(order), size):
         batch = collate([rows[i] for i in order[at : at + size]])
         batch = send_to_device(batch, trainer.accelerator.device)
-        ref_chosen, ref_rejected = trainer.compute_ref_log_probs(model, batch)
-        logps_of = {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+        with reference(trainer) as ref_model:
+            chosen, rejected = _answer_logps(trainer, ref_model, batch)
+        scored = {"ref_chosen": chosen, "ref_rejected": rejected}
         if policy:
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-            with trainer.accelerator.autocast():
-                logps = model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    labels=labels,
-                    fused_lm_head=True,  # TRL's: log-probabilities without the full logits
-                ).log_probs.sum(1)
-            logps_of["chosen"], logps_of["rejected"] = logps.chunk(2)
-        for name, value in logps_of.items():
-            sums.setdefault(name, []).append(value.float().cpu())
+            chosen, rejected = _answer_logps(trainer, model, batch)
+            scored |= {"chosen": chosen, "rejected": rejected}
+        for name, value in scored.items():
+            sums.setdefault(name, []).append(value)
     model.train(training)
     back = np.argsort(order)
     return {name: torch.cat(parts).numpy()[back] for name, parts in sums.items()}
+
+
+def _answer_logps(
+    trainer: DPOTrainer, model: PreTrainedModel, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log pi(y|x) of the chosen and of the rejected answers of TRL's batch, (pairs,) each."""
+    with trainer.accelerator.autocast(), log_probs_only():
+        log_probs = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100),
+            use_cache=False,
+            fused_lm_head=True,  # TRL's: log-probabilities without the full logits
+        ).log_probs
+    return log_probs.float().sum(1).cpu().chunk(2)
 
 
 def implicit_rewards(logps: dict[str, np.ndarray], beta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -98,112 +135,154 @@ def implicit_rewards(logps: dict[str, np.ndarray], beta: float) -> tuple[np.ndar
 def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.DataFrame]:
     """Compare policy and base on the held-out `test` pairs.
 
+    What both models reply goes into the run folder as soon as a model is through, as
+    `replies.partial.jsonl`, so that a failure on the way costs no more than that model's replies.
+
     Returns:
         The figures as in `evaluation.json` (each with its bootstrap 95% interval), and a frame
         with one row a prompt: both replies and every measure of each.
     """
-    tokenizer, model = trainer.processing_class, trainer.model
-    first: dict[str, int] = {}  # a prompt may stand in several pairs; it is answered once
-    for i, prompt in enumerate(test["prompt"]):
-        first.setdefault(json.dumps(prompt), i)
-    picked = list(first.values())[: cfg.recipe.eval_prompts]
-    prompts = [test[i]["prompt"] for i in picked]
+    restore_reference(trainer, cfg)
+    picked = pick_prompts(test["prompt"], cfg.recipe.eval_prompts, cfg.dpo.seed)
+    prompts, facts = test[picked]["prompt"], test[picked].get("facts")
     options = [template_options(test[i]) for i in picked]
+    facts = facts if facts and all(facts) else None  # a measure only where every prompt lists them
+    frame = pd.DataFrame({"prompt": [p[-1]["content"] for p in prompts]})
     replies = {}
-    for who, adapter in (("base", model.disable_adapter()), ("tuned", nullcontext())):
-        with adapter:
+    for who, answering in (("base", reference(trainer)), ("tuned", nullcontext(trainer.model))):
+        with answering as model:
             replies[who] = generate_replies(
-                model, tokenizer, prompts, options=options, label=who,
+                model, trainer.processing_class, prompts, options=options, label=who,
                 max_new_tokens=cfg.recipe.max_new_tokens,
                 batch_size=cfg.recipe.generation_batch_size,
             )  # fmt: skip
-    frame = pd.DataFrame({"prompt": [p[-1]["content"] for p in prompts]})
-    facts = [test[i].get("facts") for i in picked]
-    for who, rows in replies.items():
-        frame[f"{who}"] = [r.text for r in rows]
-        frame[f"{who}_length"] = [r.length for r in rows]
-        frame[f"{who}_finished"] = [r.finished for r in rows]
-        frame[f"{who}_repeated"] = [repeated_ngram_share(r.ids) for r in rows]
-        if all(facts):
-            pairs = zip(rows, facts, strict=True)
-            frame[f"{who}_facts"] = [fact_recall(r.text, f) for r, f in pairs]
-    prompt_ids = tokenize_prompts(prompts, tokenizer, options)
-    for who, values in _base_nll(trainer, prompt_ids, replies).items():
+        _add_measures(frame, who, replies[who], facts)
+        if cfg.is_main_process:
+            cfg.run_dir.mkdir(parents=True, exist_ok=True)
+            _write_lines(frame, cfg.run_dir / PARTIAL)
+    for who, values in _base_nll(trainer, replies).items():
         frame[f"{who}_base_nll"] = values
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     tokens = trainer.eval_dataset.select_columns(columns).to_list()
     logps = pair_logps(trainer, tokens, max_length=cfg.dpo.max_length)
-    return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta)), frame
+    # Not `test`'s own: the trainer leaves pairs out whose prompt alone is as long as `max_length`.
+    keys = [json.dumps(prompt) for prompt in trainer.eval_dataset["prompt"]]
+    return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta), keys), frame
 
 
-def _base_nll(
-    trainer: DPOTrainer, prompt_ids: list[list[int]], replies: dict
-) -> dict[str, np.ndarray]:
+def restore_reference(trainer: DPOTrainer, cfg: Config) -> None:
+    """Load the model as it was before training again, where TRL has let it go or changed it.
+
+    That concerns only runs without an adapter: `precompute_ref_log_probs` scores the pairs once
+    and keeps no reference, and `sync_ref_model` moves it along with the policy.
+    """
+    dropped = trainer.ref_model is None and not isinstance(trainer.model, PeftModel)
+    if dropped or trainer.args.sync_ref_model:
+        trainer.ref_model = load_model(cfg, trainer.model.config.name_or_path)
+        add_fused_lm_head(trainer.ref_model)
+        # By the same arithmetic as the policy, so that an untrained policy differs by exactly 0.
+        if isinstance(trainer, PrefixSharedDPOTrainer) and trainer.refusal is None:
+            share_prefixes(trainer.ref_model, trainer.prefix_attention)
+
+
+def pick_prompts(prompts: list[list[dict]], count: int | None, seed: int) -> list[int]:
+    """Rows of `prompts` to reply to, in order: each prompt once, `count` of them drawn by `seed`.
+
+    None, or more than there are, takes all. A prompt that stands in several pairs counts once.
+    """
+    first: dict[str, int] = {}
+    for i, prompt in enumerate(prompts):
+        first.setdefault(json.dumps(prompt), i)
+    rows = list(first.values())
+    if count is None or count >= len(rows):
+        return rows
+    return sorted(Random(seed).sample(rows, count))
+
+
+def _add_measures(frame: pd.DataFrame, who: str, replies: list[Reply], facts: list | None) -> None:
+    """Add to `frame` what each of `replies` says, and what its text and tokens measure."""
+    frame[who] = [r.text for r in replies]
+    frame[f"{who}_length"] = [r.length for r in replies]
+    frame[f"{who}_finished"] = [r.finished for r in replies]
+    frame[f"{who}_repeated"] = [repeated_ngram_share(r.ids) for r in replies]
+    if facts:
+        frame[f"{who}_facts"] = [
+            fact_recall(r.text, fact) for r, fact in zip(replies, facts, strict=True)
+        ]
+
+
+def _base_nll(trainer: DPOTrainer, replies: dict[str, list[Reply]]) -> dict[str, np.ndarray]:
     """Loss per token of each reply under the base model: are the tuned replies still fluent?
 
     Both replies to a prompt make one pair for `pair_logps`, whose reference is the base model.
+    They are scored after the very tokens that they were generated from.
     """
-    rows = []
-    for i, ids in enumerate(prompt_ids):
-        base, tuned = replies["base"][i].ids, replies["tuned"][i].ids
-        rows.append({"prompt_ids": ids, "chosen_ids": base, "rejected_ids": tuned})
+    rows = [
+        {"prompt_ids": base.prompt_ids, "chosen_ids": base.ids, "rejected_ids": tuned.ids}
+        for base, tuned in zip(replies["base"], replies["tuned"], strict=True)
+    ]
     logps = pair_logps(trainer, rows, policy=False)
-    lengths = {who: np.array([max(len(r.ids), 1) for r in rows]) for who, rows in replies.items()}
+    lengths = {who: np.array([len(r.ids) for r in given]) for who, given in replies.items()}
     return {
         "base": -logps["ref_chosen"] / lengths["base"],
         "tuned": -logps["ref_rejected"] / lengths["tuned"],
     }
 
 
-def _figures(cfg: Config, frame: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray) -> dict:
+def _figures(
+    cfg: Config, frame: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray, prompts: list[str]
+) -> dict:
+    """What `evaluation.json` holds; `prompts` names the prompt of each pair of rewards."""
     measures = {}
     for name in MEASURES:
         if f"base_{name}" in frame:
-            base, tuned = frame[f"base_{name}"], frame[f"tuned_{name}"]
+            base, tuned = (frame[f"{who}_{name}"].to_numpy(float) for who in ("base", "tuned"))
             measures[name] = {
                 "base": bootstrap(base),
                 "tuned": bootstrap(tuned),
-                "change": bootstrap(tuned, base),
+                "change": bootstrap(tuned - base),
             }
-    shorter = 1 - frame["tuned_length"].mean() / frame["base_length"].mean()
-    accuracy, margin = bootstrap(chosen > rejected), bootstrap(chosen - rejected)
-    change = {name: m["change"] for name, m in measures.items()}
-    targets = {
-        "replies at least 30% shorter": shorter >= 0.30,
-        "implicit-reward accuracy at least 0.75": accuracy["mean"] >= 0.75,
-        "no more repetition than base": change["repeated"]["mean"] <= 0,
-        "at least as many replies finish": change["finished"]["mean"] >= 0,
+    base, tuned = frame["base_length"].to_numpy(), frame["tuned_length"].to_numpy()
+    whole = {
+        "shorter": bootstrap(base - tuned, per=base.clip(1)),
+        # A tie tells nothing, as a coin does: half.
+        "reward_accuracy": bootstrap((np.sign(chosen - rejected) + 1) / 2, prompts=prompts),
+        "reward_margin": bootstrap(chosen - rejected, prompts=prompts),
     }
-    if "facts" in change:
-        targets["no loss of key facts shown (interval reaches 0)"] = change["facts"]["high"] >= 0
+    aimed_at = whole | {name: m["change"] for name, m in measures.items()}
     return {
         "prompts": len(frame),
         "pairs": len(chosen),
         "max_new_tokens": cfg.recipe.max_new_tokens,
-        "interval": "bootstrap over prompts (or pairs), 95%, 10000 draws",
-        "shorter": float(shorter),
-        "reward_accuracy": accuracy,
-        "reward_margin": margin,
+        "interval": f"bootstrap of prompts (with all their pairs), 95%, {DRAWS} draws",
+        **whole,
         "measures": measures,
-        "targets": {name: bool(met) for name, met in targets.items()},
+        "targets": {
+            aim.text: aim.verdict(aimed_at[aim.figure]) for aim in AIMS if aim.figure in aimed_at
+        },
     }
 
 
 def save_evaluation(figures: dict, frame: pd.DataFrame, run_dir: Path) -> None:
     """Write `evaluation.json` and the replies side by side (`replies.jsonl`) into the run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "evaluation.json").write_text(json.dumps(figures, indent=2))
-    frame.to_json(run_dir / "replies.jsonl", orient="records", lines=True, force_ascii=False)
+    (run_dir / "evaluation.json").write_text(json.dumps(figures, indent=2, allow_nan=False))
+    _write_lines(frame, run_dir / "replies.jsonl")
+    (run_dir / PARTIAL).unlink(missing_ok=True)
+
+
+def _write_lines(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_json(path, orient="records", lines=True, force_ascii=False)
 
 
 def evaluation_table(figures: dict) -> pd.DataFrame:
     """The figures as one table: base, tuned, and the change with its 95% interval."""
 
     def show(value: dict, signed: bool = False) -> str:
-        digits = 1 if abs(value["mean"]) >= 10 else 2
-        sign = "+" if signed else ""
-        mean, low, high = (f"{value[k]:{sign}.{digits}f}" for k in ("mean", "low", "high"))
-        return f"{mean} [{low}, {high}]"
+        sign, digits = "+" if signed else "", 1 if abs(value["mean"]) >= 10 else 2
+        ends = [value["low"], value["high"]]
+        mean, *ends = (f"{x:{sign}.{digits}f}" for x in [value["mean"], *ends] if x is not None)
+        return f"{mean} [{', '.join(ends) or 'one prompt'}]"
 
     rows = {
         label: {
@@ -214,8 +293,8 @@ def evaluation_table(figures: dict) -> pd.DataFrame:
         for name, label in MEASURES.items()
         if name in figures["measures"]
     }
-    # Before training every implicit reward is 0: no pair is told apart, and no margin is there.
-    rows["implicit-reward accuracy"] = {"base": "-", "tuned": show(figures["reward_accuracy"])}
+    # Before training every implicit reward is 0: each pair is a tie, and there is no margin.
+    rows["implicit-reward accuracy"] = {"base": "0.50", "tuned": show(figures["reward_accuracy"])}
     rows["implicit-reward margin (nats)"] = {"base": "0", "tuned": show(figures["reward_margin"])}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
@@ -237,12 +316,13 @@ def side_by_side(frame: pd.DataFrame, rows: int = 6, clip: int = 400) -> str:
 
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
-    adapter = require_adapter(cfg)
+    trained = require_adapter(cfg)
     run = assemble(cfg)
-    load_adapter(run.trainer.model, adapter)
+    load_adapter(run.trainer.model, trained)
     figures, frame = evaluate(run.trainer, cfg, run.pairs["test"])
-    save_evaluation(figures, frame, cfg.run_dir)
-    print(evaluation_table(figures).to_string())
+    if cfg.is_main_process:
+        save_evaluation(figures, frame, cfg.run_dir)
+        print(evaluation_table(figures).to_string())
 
 
 if __name__ == "__main__":

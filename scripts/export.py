@@ -1,8 +1,9 @@
-"""Save the adapter, merge it into 16-bit weights, and prove that the merged model is the same.
+"""Merge the adapter into 16-bit weights, and prove that the merged model is the same.
 
     python -m scripts.export --config outputs/<run>/config.yaml
 
-merges the saved adapter of a finished run.
+merges the saved adapter of a finished run; a run without one has its whole model written in 16
+bits, with the same proof.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ NOISE = 0.01  # nats a token: a merge this close is as good as 16-bit arithmetic
 
 
 class MergeError(RecipeError):
-    """The merged model does not say what base plus adapter says."""
+    """The merged model does not say what the trained one says."""
 
 
-def _load_16bit(cfg: Config, path: str | Path) -> PreTrainedModel:
-    """A model in plain 16-bit weights, on the GPU if there is one."""
+def _load(cfg: Config, path: str | Path, dtype: str | None = None) -> PreTrainedModel:
+    """A model in plain weights of `dtype` (default: `merge_dtype`), on the GPU if there is one."""
     return AutoModelForCausalLM.from_pretrained(
         path,
         revision=cfg.model.model_revision,
-        dtype=cfg.recipe.merge_dtype,
+        dtype=dtype or cfg.recipe.merge_dtype,
         device_map={"": cfg.dpo.device},
     ).eval()
 
@@ -60,46 +61,53 @@ def completion_logps(model: PreTrainedModel, rows: list[dict]) -> list[torch.Ten
 
 
 def merge_adapter(
-    cfg: Config, base: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+    cfg: Config, base: str, trained: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
 ) -> tuple[Path, PreTrainedModel, dict[str, float]]:
-    """Merge `adapter` into the 16-bit `base`, save, reload from disk, and compare.
+    """Merge the adapter in `trained` into the 16-bit `base`, save, reload from disk, and compare.
 
     float16 rather than bfloat16: it keeps three more bits of each weight, and what training adds to
     a weight is small beside it. The weights of a Llama lie well within float16's range.
 
     Merging into the 4-bit weights would round the adapter away with them; the base is loaded
-    again in 16 bits instead. `rows` (tokenised pairs) are scored by base, by base with adapter,
-    and by the merged model read back from disk.
+    again in 16 bits instead. `rows` (tokenised pairs) are scored by base, by the trained model,
+    and by the merged model read back from disk. In a run without an adapter the trained model is
+    the one in `trained`, as it was saved, and the merged one is that in 16 bits.
 
     Returns:
         The folder `merged/`, the reloaded model, and the mean absolute differences per token, in
-        nats: `effect` (adapter against base: what training changed) and `error` (merged against
-        adapter: what merging changed, 16-bit rounding).
+        nats: `effect` (trained against base: what training changed) and `error` (merged against
+        trained: what merging changed, 16-bit rounding).
 
     Raises:
         MergeError: `error` is more than a tenth of `effect`, and more than 16-bit arithmetic
             itself scatters (`NOISE`), so that a run of a few steps can be merged too.
     """
     target, trial = cfg.run_dir / "merged", cfg.run_dir / "merged.unproved"
-    model = _load_16bit(cfg, base)
+    model = _load(cfg, base)
     plain = completion_logps(model, rows)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    adapted = completion_logps(model, rows)
-    merged = model.merge_and_unload(safe_merge=True)
+    if cfg.model.use_peft:
+        model = PeftModel.from_pretrained(model, trained).eval()
+        tuned = completion_logps(model, rows)
+        model = model.merge_and_unload(safe_merge=True)
+    else:
+        del model
+        model = _load(cfg, trained, dtype="auto")
+        tuned = completion_logps(model, rows)
+        model = model.to(getattr(torch, cfg.recipe.merge_dtype))
     shutil.rmtree(trial, ignore_errors=True)
-    merged.save_pretrained(trial)
+    model.save_pretrained(trial)
     tokenizer.save_pretrained(trial)
-    del model, merged
+    del model
     free_memory()
-    reloaded = _load_16bit(cfg, trial)
+    reloaded = _load(cfg, trial)
     again = completion_logps(reloaded, rows)
-    report = {"effect": _mean_gap(adapted, plain), "error": _mean_gap(again, adapted)}
+    report = {"effect": _mean_gap(tuned, plain), "error": _mean_gap(again, tuned)}
     if not report["error"] <= max(0.1 * report["effect"], NOISE):
         shutil.rmtree(trial)
         raise MergeError(
-            f"merged and adapter log-probabilities differ by {report['error']:.4f} nats a token, "
-            f"training changed them by {report['effect']:.4f}; do not use it: it is deleted, "
-            "and an earlier one is kept"
+            f"log-probabilities of the merged and the trained model differ by "
+            f"{report['error']:.4f} nats a token, training changed them by "
+            f"{report['effect']:.4f}; do not use it: it is deleted, and an earlier one is kept"
         )
     shutil.rmtree(target, ignore_errors=True)  # an earlier merge goes only once this one is proved
     trial.rename(target)
@@ -112,12 +120,12 @@ def _mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
-    adapter = require_adapter(cfg)
+    trained = require_adapter(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     test = load_preferences(cfg, tokenizer)["test"]
     rows = tokenize_pairs(test.select(range(min(8, len(test)))).to_list(), tokenizer)
-    target, _, report = merge_adapter(cfg, path, adapter, tokenizer, rows)
+    target, _, report = merge_adapter(cfg, path, trained, tokenizer, rows)
     print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")
     print(f"merging {report['error']:.4f})")
 

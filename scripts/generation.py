@@ -13,11 +13,15 @@ from scripts.pairs.tokens import end_tokens, tokenize_prompts
 
 @dataclass
 class Reply:
-    """One generated reply; `ids` ends with the end-of-turn token if the model `finished`."""
+    """One generated reply; `ids` ends with the end-of-turn token if the model `finished`.
+
+    `prompt_ids` are the tokens that it was generated from, without padding.
+    """
 
     text: str
     ids: list[int]
     finished: bool
+    prompt_ids: list[int]
 
     @property
     def length(self) -> int:
@@ -67,7 +71,7 @@ def generate_replies(
             end = next((n for n, token in enumerate(ids) if token in stops), None)
             ids = ids if end is None else ids[: end + 1]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            replies[i] = Reply(text, ids, end is not None)
+            replies[i] = Reply(text, ids, end is not None, rows[i])
         seconds = time.monotonic() - start
         if label:
             print(f"{label}: {len(replies)}/{len(rows)} replies, {seconds:.0f} s", flush=True)

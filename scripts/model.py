@@ -13,7 +13,6 @@ if __name__ == "__main__":
     ARGS = cli.parse("model")  # before the libraries load, so that --help is answered at once
 
 import argparse
-import gc
 import hashlib
 import json
 import subprocess
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import release_memory
 from huggingface_hub import constants
 from peft import PeftConfig, get_peft_model
 from transformers import (
@@ -176,16 +176,20 @@ def load_model(cfg: Config, path: str) -> PreTrainedModel:
     return model
 
 
-def parameter_counts(path: str, peft_config: PeftConfig, revision: str = "main") -> dict[str, int]:
+def parameter_counts(
+    path: str, peft_config: PeftConfig | None, revision: str = "main"
+) -> dict[str, int]:
     """Count the parameters on the meta device: no weights are read or made.
 
     Returns:
-        `trained` (the adapter's), `base` (the model's own) and `total`, in parameters. The share
-        trained is `trained / total`, as PEFT prints it.
+        `trained` (the adapter's; without one, `peft_config` None, all), `base` (the model's own)
+        and `total`, in parameters. The share trained is `trained / total`, as PEFT prints it.
     """
     with init_empty_weights(include_buffers=True):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
         size = base.num_parameters()
+        if peft_config is None:
+            return {"trained": size, "base": size, "total": size}
         model = get_peft_model(base, peft_config)
     trained, total = model.get_nb_trainable_parameters()
     return {"trained": trained, "base": size, "total": total}
@@ -193,11 +197,8 @@ def parameter_counts(path: str, peft_config: PeftConfig, revision: str = "main")
 
 def free_memory() -> None:
     """Give back what is no longer referenced; call it after `del model`."""
-    gc.collect()
+    release_memory()  # collects garbage, and empties the cache of a GPU
     return_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def main(args: argparse.Namespace) -> None:

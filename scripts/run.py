@@ -27,6 +27,7 @@ from nbformat.v4 import new_markdown_cell
 from papermill.exceptions import PapermillExecutionError
 from transformers.trainer_utils import get_last_checkpoint
 
+from scripts.adapter import trained_folder
 from scripts.config import ROOT, Config, RecipeError, config_from_args, parse_overrides
 from scripts.evaluate import evaluation_table
 
@@ -89,21 +90,22 @@ def checkpoint(cfg: Config) -> str:
 def summary(cfg: Config) -> str:
     """Where the run's results are, and its before/after table."""
     figures = json.loads((cfg.run_dir / "evaluation.json").read_text())
+    trained = trained_folder(cfg)
     places = {
         "executed notebook": "notebook.ipynb",
         "figures": "figures/",
         "evaluation": "evaluation.json",
         "both models' replies": "replies.jsonl",
-        "adapter": "adapter/",
+        trained.name: f"{trained.name}/",
         "merged model": "merged/",
         "step log": "metrics.jsonl",
         "resolved config": "config.yaml",
     }
     lines = [f"  {name:<22}{cfg.run_dir / place}" for name, place in places.items()]
-    met = [f"  {'met ' if ok else 'MISSED'}  {name}" for name, ok in figures["targets"].items()]
+    aims = [f"  {name}: {verdict}" for name, verdict in figures["targets"].items()]
     table = evaluation_table(figures).to_string()
     head = f"Before and after on {figures['prompts']} held-out prompts (95% intervals):"
-    return "\n".join(["", "The run's results:", *lines, "", head, table, "", "Aims:", *met])
+    return "\n".join(["", "The run's results:", *lines, "", head, table, "", "Aims:", *aims])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -73,8 +73,11 @@ def build_trainer(
 
     The plain model and the adapter's config go in apart, so TRL makes no second copy of anything:
     its reference log-probabilities come from this same model with the adapter switched off.
+    Without LoRA (`use_peft: false`) the reference is the model loaded a second time, here, because
+    TRL's own copy would not be of `model_revision`; none if the pairs are scored beforehand.
     See https://huggingface.co/docs/trl/dpo_trainer.
     """
+    second = not (cfg.model.use_peft or cfg.dpo.precompute_ref_log_probs)
     remark = use_torch_head_without_compiler(cfg.dpo.device)
     if remark and cfg.is_main_process:
         print(remark)
@@ -82,6 +85,7 @@ def build_trainer(
     make = partial(PrefixSharedDPOTrainer, **shared) if cfg.recipe.prefix_sharing else DPOTrainer
     trainer = make(
         model=model,
+        ref_model=load_model(cfg, model.config.name_or_path) if second else None,
         args=cfg.dpo,
         processing_class=tokenizer,
         train_dataset=pairs["train"],

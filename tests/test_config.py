@@ -86,6 +86,12 @@ def test_values_that_trl_refuses_are_config_errors():
         load_config(DEFAULT, {"loss_type": ["sigmoid"], "loss_weights": [0.5, 0.5]})
 
 
+def test_weights_of_4_bits_are_not_trained_themselves():
+    with pytest.raises(ConfigError, match="set load_in_4bit"):
+        load_config(DEFAULT, {"use_peft": False})
+    assert not load_config(DEFAULT, {"use_peft": False, "load_in_4bit": False}).model.use_peft
+
+
 def test_missing_file_lists_what_there_is():
     with pytest.raises(ConfigError, match=r"smollm2-135m-cpu\.yaml"):
         load_config("configs/llama4.yaml")

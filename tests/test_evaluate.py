@@ -1,36 +1,118 @@
 """Before against after: the figures are what they say they are."""
 
 import json
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import PAIRS, explicit, write_jsonl
+from conftest import PAIRS, explicit, token_rows, write_jsonl
+from datasets import Dataset
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
 from scripts.data import load_preferences
 from scripts.evaluate import (
+    PARTIAL,
     evaluate,
     evaluation_table,
     implicit_rewards,
+    pair_logps,
+    pick_prompts,
+    restore_reference,
     save_evaluation,
     side_by_side,
 )
+from scripts.export import completion_logps
 from scripts.generation import generate_replies
-from scripts.measures.statistics import bootstrap
+from scripts.measures.statistics import AIMS, MET, MISSED, TOO_FEW, bootstrap
 from scripts.model import load_model, load_tokenizer
+from scripts.plots import before_after
+from scripts.training import assemble
 
 
-def test_bootstrap_brackets_the_mean_and_pairs_the_models():
-    rng = np.random.default_rng(1)
-    base = rng.normal(10, 3, 200)
-    tuned = base - 1 + rng.normal(0, 0.1, 200)
-    alone, change = bootstrap(tuned), bootstrap(tuned, base)
-    assert alone["low"] < alone["mean"] < alone["high"]
+def test_bootstrap_brackets_the_mean():
+    values = np.random.default_rng(1).normal(10, 3, 200)
+    figure = bootstrap(values)
+    assert figure["low"] < figure["mean"] < figure["high"]
     # 1.96 standard errors either side, within what 10,000 draws scatter
-    assert alone["high"] - alone["low"] == pytest.approx(3.92 * 3 / 200**0.5, rel=0.2)
-    assert change["mean"] == pytest.approx(-1, abs=0.05)
-    assert change["high"] - change["low"] < 0.05  # far tighter than unpaired
-    assert bootstrap(tuned) == alone  # no dice
+    assert figure["high"] - figure["low"] == pytest.approx(3.92 * 3 / 200**0.5, rel=0.2)
+    assert bootstrap(values) == figure  # no dice
+
+
+def test_pairs_of_one_prompt_are_drawn_together():
+    """Saying each value three times adds no information, so the interval must not narrow."""
+    once = np.random.default_rng(2).normal(size=40)
+    thrice = np.repeat(once, 3)
+    names = [str(i) for i in np.repeat(np.random.default_rng(3).permutation(40), 3)]
+    alone, clustered = bootstrap(once), bootstrap(thrice, prompts=names)
+    assert clustered["mean"] == pytest.approx(alone["mean"])
+    width = alone["high"] - alone["low"]
+    assert clustered["high"] - clustered["low"] == pytest.approx(width, rel=0.05)
+    assert clustered["prompts"] == 40
+    as_if_independent = bootstrap(thrice)
+    assert as_if_independent["high"] - as_if_independent["low"] < 0.7 * width
+
+
+def test_prompts_with_more_pairs_weigh_more():
+    figure = bootstrap([1, 1, 1, 0], prompts=["a", "a", "a", "b"])
+    assert figure["mean"] == 0.75  # over pairs, as accuracy is
+    assert (figure["low"], figure["high"]) == (0, 1)
+
+
+def test_a_share_of_a_sum():
+    base, tuned = np.array([100, 10, 40]), np.array([50, 10, 20])
+    figure = bootstrap(base - tuned, per=base)
+    assert figure["mean"] == pytest.approx(1 - 80 / 150)
+    assert (figure["low"], figure["high"]) == (0, 0.5)  # the same prompt three times
+
+
+def test_degenerate_values_have_a_figure():
+    assert bootstrap([3.0]) == {"mean": 3, "low": None, "high": None, "prompts": 1}
+    assert bootstrap([1, 0], prompts=["a", "a"])["low"] is None
+    assert bootstrap([2.0] * 50) == {"mean": 2, "low": 2, "high": 2, "prompts": 50}
+    with pytest.raises(ValueError, match="no values"):
+        bootstrap([])
+
+
+@pytest.mark.parametrize("aim", AIMS, ids=lambda aim: aim.figure)
+def test_little_data_meets_no_aim(aim):
+    """Four prompts, whatever they show: a loss, a gain, or nothing at all."""
+    for values in ([-0.37, -0.9, 0.1, -0.3], [0.9, 0.8, 0.9, 1.0], [0.0] * 4, [1.0] * 4, [0.5]):
+        assert aim.verdict(bootstrap(values)) == TOO_FEW
+
+
+def test_a_margin_is_met_missed_or_open():
+    facts = next(aim for aim in AIMS if aim.figure == "facts")
+    noise = np.random.default_rng(4).normal(0, 0.1, 400)
+    assert facts.verdict(bootstrap(noise)) == MET
+    assert facts.verdict(bootstrap(noise - 0.37)) == MISSED
+    assert facts.verdict(bootstrap(noise - 0.05)) == TOO_FEW
+    wide = bootstrap(np.tile([-0.5, 0.5], 20))  # reaches above 0, and far below the margin
+    assert wide["high"] > 0 and facts.verdict(wide) == TOO_FEW
+    repeated = next(aim for aim in AIMS if aim.figure == "repeated")  # here more is worse
+    assert repeated.verdict(bootstrap(noise - 0.37)) == MET
+    assert repeated.verdict(bootstrap(noise + 0.37)) == MISSED
+
+
+@pytest.mark.parametrize("prompts", [30, 60])
+def test_a_loss_beyond_the_margin_is_rarely_called_met(prompts):
+    """True loss just at the margin, on shares like those of key facts: met in few of 300 runs."""
+    facts = next(aim for aim in AIMS if aim.figure == "facts")
+    rng, met = np.random.default_rng(6), 0
+    for _ in range(300):
+        change = rng.choice([-1, -0.5, 0, 0.5, 1], prompts, p=[0.1, 0.2, 0.45, 0.2, 0.05])
+        met += facts.verdict(bootstrap(change, draws=500)) == MET
+    assert met / 300 < 0.06  # 2.5% is nominal
+
+
+def test_prompts_are_drawn_by_seed_once_each_and_in_order():
+    prompts = [[{"role": "user", "content": str(i % 50)}] for i in range(100)]
+    assert pick_prompts(prompts, None, 0) == pick_prompts(prompts, 60, 0) == list(range(50))
+    some = pick_prompts(prompts, 10, 0)
+    assert some == sorted(set(some)) == pick_prompts(prompts, 10, 0) and len(some) == 10
+    assert some != list(range(10)) and some != pick_prompts(prompts, 10, 1)
 
 
 def test_implicit_rewards_by_hand():
@@ -43,6 +125,59 @@ def test_implicit_rewards_by_hand():
     assert rejected == pytest.approx([-0.5])
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ld_alpha": 0.5},
+        {"ld_alpha": 0.5, "prefix_sharing": False},
+        {"precompute_ref_log_probs": True, "f_divergence_type": "js_divergence"},
+        {"use_peft": False, "ld_alpha": 0.5},
+        {"use_peft": False, "precompute_ref_log_probs": True},
+        {"use_peft": False, "sync_ref_model": True, "ref_model_sync_steps": 1},
+    ],
+    ids=lambda settings: ",".join(settings),
+)
+def test_rewards_are_log_ratios_of_whole_answers(tiny_run, settings):
+    """Untrained: exactly 0. Trained: log-softmaxes of whole logits, row by row, two models."""
+    trainer, cfg = tiny_run(**settings, max_steps=1)
+    rows = token_rows(trainer)
+    restore_reference(trainer, cfg)
+    for reward in implicit_rewards(pair_logps(trainer, rows), trainer.beta):
+        assert (reward == 0).all()
+    trainer.train()
+    restore_reference(trainer, cfg)
+    logps = pair_logps(trainer, rows)
+    base = AutoModelForCausalLM.from_pretrained(cfg.model.model_name_or_path)
+    for name, model in {"": trainer.model.eval(), "ref_": base}.items():
+        for side in ("chosen", "rejected"):
+            pairs = [{**row, "chosen_ids": row[f"{side}_ids"]} for row in rows]
+            by_hand = [x.sum().item() for x in completion_logps(model, pairs)]
+            assert logps[name + side] == pytest.approx(by_hand, abs=2e-4), name + side
+    assert abs(logps["chosen"] - logps["ref_chosen"]).max() > 0.01  # it was trained
+
+
+@pytest.mark.parametrize("beforehand", [False, True])
+def test_the_reference_of_a_whole_model_is_of_its_revision(
+    tiny_run, tiny_llama3, tmp_path, monkeypatch, beforehand
+):
+    """Two revisions in the hub's cache; the second one is tuned, and is its own reference."""
+    cache = tmp_path / "hub" / "models--tiny--chat"
+    (cache / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (cache / "refs" / revision).write_text(commit)
+        shutil.copytree(tiny_llama3, cache / "snapshots" / commit)
+    other = AutoModelForCausalLM.from_pretrained(tiny_llama3)
+    other.lm_head.weight.data.mul_(2)
+    other.save_pretrained(cache / "snapshots" / ("b" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings = {"model_name_or_path": "tiny/chat", "model_revision": "v2", "use_peft": False}
+    trainer, cfg = tiny_run(**settings, precompute_ref_log_probs=beforehand)
+    restore_reference(trainer, cfg)
+    logps = pair_logps(trainer, token_rows(trainer))
+    assert (logps["chosen"] == logps["ref_chosen"]).all()
+
+
 def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
     cfg = tiny_cfg()
     path = cfg.model.model_name_or_path
@@ -51,7 +186,8 @@ def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
     kwargs = {"max_new_tokens": 8}
     batched = generate_replies(model, tokenizer, prompts, batch_size=3, **kwargs)
     single = [generate_replies(model, tokenizer, [p], batch_size=1, **kwargs)[0] for p in prompts]
-    assert [r.ids for r in batched] == [r.ids for r in single]
+    assert [(r.ids, r.prompt_ids) for r in batched] == [(r.ids, r.prompt_ids) for r in single]
+    assert "\n\nxxx<|eot_id|>" in tokenizer.decode(batched[1].prompt_ids)
     assert all(not r.finished and r.length == 8 for r in batched)
     with torch.no_grad():  # a head that can only say "end of turn"
         model.lm_head.weight.zero_()
@@ -62,21 +198,19 @@ def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
 
 
 def test_an_untrained_adapter_changes_nothing(tiny_run):
-    trainer, cfg = tiny_run()
+    trainer, cfg = tiny_run(ld_alpha=0.5)
     figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
     assert (frame["base"] == frame["tuned"]).all()
-    assert figures["shorter"] == 0
-    assert figures["measures"]["base_nll"]["change"]["mean"] == 0
-    assert figures["reward_margin"]["mean"] == 0
-    assert figures["reward_accuracy"]["mean"] == 0  # no pair is told apart
-    assert not figures["targets"]["replies at least 30% shorter"]
+    nothing = {"mean": 0, "low": 0, "high": 0, "prompts": 2}
+    assert figures["shorter"] == figures["reward_margin"] == nothing
+    assert figures["measures"]["base_nll"]["change"] == nothing
+    assert figures["reward_accuracy"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "prompts": 2}
+    assert set(figures["targets"].values()) == {TOO_FEW}
     assert "facts" not in figures["measures"]  # these pairs list none
 
 
 def test_base_loss_is_that_of_the_model_itself(tiny_run):
     """Replies picked greedily by the base: its loss per token, from its own log-softmax."""
-    from scripts.export import completion_logps
-
     trainer, cfg = tiny_run()
     test = load_preferences(cfg)["test"]
     _, frame = evaluate(trainer, cfg, test)
@@ -106,11 +240,14 @@ def test_training_shows_in_the_figures_and_in_the_files(tiny_run, tmp_path):
     assert trainer.data_collator.max_length == cfg.dpo.max_length
     assert (figures["prompts"], figures["pairs"]) == (6, 7)
     assert figures["reward_accuracy"]["mean"] == 1.0  # as good as seen in training
+    assert figures["reward_accuracy"]["prompts"] == figures["reward_margin"]["prompts"] == 6
     assert figures["reward_margin"]["low"] > 0
     assert 0 <= figures["measures"]["facts"]["base"]["mean"] <= 1
+    assert (cfg.run_dir / PARTIAL).exists()
     save_evaluation(figures, frame, cfg.run_dir)
     assert json.loads((cfg.run_dir / "evaluation.json").read_text()) == figures
     assert len((cfg.run_dir / "replies.jsonl").read_text().splitlines()) == 6
+    assert not (cfg.run_dir / PARTIAL).exists()
     table = evaluation_table(figures)
     assert table.loc["implicit-reward accuracy", "tuned"] == "1.00 [1.00, 1.00]"
     page = side_by_side(frame, rows=2)
@@ -118,8 +255,45 @@ def test_training_shows_in_the_figures_and_in_the_files(tiny_run, tmp_path):
     assert "cut off" in page
 
 
-def test_html_of_a_reply_is_escaped(tiny_run):
-    trainer, cfg = tiny_run()
-    _, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
-    frame["tuned"] = "<script>alert(1)</script>"
-    assert "<script>" not in side_by_side(frame)
+def test_replies_of_the_base_outlive_a_failure_of_the_tuned_model(tiny_run):
+    trainer, cfg = tiny_run(prefix_sharing=False)
+
+    def fail(*_):  # the adapter's own layers run only while it is on
+        raise RuntimeError("out of memory")
+
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    saved = [json.loads(line) for line in (cfg.run_dir / PARTIAL).read_text().splitlines()]
+    assert [row["prompt"] for row in saved] == [prompt for prompt, *_ in PAIRS[4:]]
+    assert all(row["base"] and row["base_length"] == 6 for row in saved)
+
+
+def test_one_prompt_is_evaluated_without_an_interval(tiny_cfg, tmp_path):
+    cfg = tiny_cfg(eval_prompts=1, max_new_tokens=2)
+    run = assemble(cfg)
+    figures, frame = evaluate(run.trainer, cfg, run.pairs["test"])
+    save_evaluation(figures, frame, cfg.run_dir)  # strict JSON: no NaN
+    table = evaluation_table(figures)
+    assert table.loc["reply length (tokens)", "base"] == "2.00 [one prompt]"
+    before_after(figures, frame).savefig(tmp_path / "figure.png")
+
+
+def test_pairs_that_the_trainer_leaves_out_are_no_pairs(tiny_cfg, tmp_path):
+    """A prompt as long as `max_length` leaves no room for an answer, and TRL drops its pairs."""
+    cfg = tiny_cfg(max_length=120, max_new_tokens=2)
+    pairs = load_preferences(cfg)
+    long = explicit("why " * 100, "No.", "Yes, and at length.")
+    pairs["test"] = Dataset.from_list([long, *(explicit(*pair) for pair in PAIRS[4:])])
+    run = assemble(cfg, pairs)
+    figures, _ = evaluate(run.trainer, cfg, run.pairs["test"])
+    assert (figures["prompts"], figures["pairs"]) == (3, 2)
+    assert figures["reward_margin"]["prompts"] == 2
+
+
+def test_html_of_a_reply_is_escaped():
+    row = {"prompt": "<i>", "base": "<b>", "tuned": "<script>alert(1)</script>"}
+    row |= {f"{who}_{k}": 1 for who in ("base", "tuned") for k in ("length", "finished")}
+    page = side_by_side(pd.DataFrame([row]))
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;i&gt;" in page

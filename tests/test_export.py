@@ -1,17 +1,24 @@
-"""The adapter is saved, merged into 16-bit weights, and the merge is proved."""
+"""What training made is saved, put back, merged into 16-bit weights, and the merge is proved."""
+
+import json
 
 import pytest
 import torch
 from conftest import token_rows
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from trl import get_peft_config
 
-from scripts.adapter import load_adapter, save_adapter
-from scripts.cli import RecipeError
+from scripts import evaluate, export
+from scripts.adapter import AdapterError, load_adapter, require_adapter, save_adapter
+from scripts.cli import parse
 from scripts.data import load_preferences
 from scripts.evaluate import pair_logps
 from scripts.export import MergeError, completion_logps, merge_adapter
 from scripts.model import load_tokenizer
 from scripts.pairs.tokens import tokenize_pairs
+from scripts.run import summary
 
 
 @pytest.fixture
@@ -62,6 +69,35 @@ def test_an_adapter_too_faint_for_16_bits_is_refused(tiny_llama3, tiny_run, tmp_
         merge_adapter(cfg, base, adapter, trainer.processing_class, rows)
     assert earlier.read_text() == "an earlier merge"
     assert not (cfg.run_dir / "merged.unproved").exists()
+    assert require_adapter(cfg) == adapter and any(adapter.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_peft": False}], ids=["adapter", "whole model"])
+def test_a_finished_run_is_evaluated_and_exported_by_its_commands(tiny_run, settings, capsys):
+    """Train, save, and let both commands work from the run folder alone."""
+    trainer, cfg = tiny_run(**settings, merge_dtype="float16")
+    trainer.train()
+    saved = save_adapter(trainer, cfg)
+    assert saved.name == ("model" if settings else "adapter")
+    rows = token_rows(trainer)
+    wanted = pair_logps(trainer, rows)
+    cfg.save(cfg.run_dir / "config.yaml")
+    before = {file: file.read_bytes() for file in saved.iterdir()}
+    options = ["--config", str(cfg.run_dir / "config.yaml")]
+    evaluate.main(parse("evaluate", options))
+    figures = json.loads((cfg.run_dir / "evaluation.json").read_text())
+    margin = wanted["chosen"] - wanted["ref_chosen"] - wanted["rejected"] + wanted["ref_rejected"]
+    assert figures["reward_margin"]["mean"] == pytest.approx(0.1 * margin.mean(), rel=1e-3)
+    assert abs(margin).max() > 0.01  # it was trained
+    export.main(parse("export", options))
+    assert "merged" in capsys.readouterr().out.splitlines()[-1]
+    merged = AutoModelForCausalLM.from_pretrained(cfg.run_dir / "merged")
+    assert merged.dtype == torch.float16
+    again = [x.sum().item() for x in completion_logps(merged.float(), rows)]
+    assert wanted["chosen"] == pytest.approx(again, abs=0.05)
+    assert {file: file.read_bytes() for file in saved.iterdir()} == before  # nothing is lost
+    text = summary(cfg)
+    assert str(saved) in text and "implicit-reward accuracy at least 0.75: too few prompts" in text
 
 
 def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
@@ -74,8 +110,66 @@ def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
     assert pair_logps(fresh, rows)["chosen"] == pytest.approx(wanted["chosen"], abs=1e-5)
 
 
-def test_another_models_adapter_is_refused(trained, tiny_trainer):
-    _, _, adapter = trained
-    other = tiny_trainer(lora_target_modules=["q_proj", "v_proj"])
-    with pytest.raises(RecipeError, match="does not fit this model"):
-        load_adapter(other.model, adapter)
+@pytest.fixture
+def adapted(tiny_cfg):
+    """Makes a tiny model with the fresh adapter of a config; keywords replace its values."""
+
+    def make(**overrides) -> PeftModel:
+        cfg = tiny_cfg(**overrides)
+        model = AutoModelForCausalLM.from_pretrained(cfg.model.model_name_or_path)
+        return get_peft_model(model, get_peft_config(cfg.model))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # an adapter with fewer modules, which PEFT loads without a word
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, "is ['q_proj', 'v_proj'] there"),
+        ({"lora_r": 8}, "r is 8 there and 16 here"),
+        # the same tensors, scaled otherwise
+        ({"lora_alpha": 64}, "lora_alpha is 64 there and 32 here"),
+        ({"use_rslora": True}, "use_rslora is True there and False here"),
+    ],
+)
+def test_an_adapter_of_another_config_is_refused(adapted, tmp_path, settings, message):
+    adapted(**settings).save_pretrained(tmp_path / "run" / "adapter")
+    model = adapted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterError) as error:
+        load_adapter(model, tmp_path / "run" / "adapter")
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert f"--config {tmp_path / 'run' / 'config.yaml'}" in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(adapted, tmp_path):
+    """The settings agree, the tensors do not: a damaged file, or a base of another size."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    first, second = sorted(weights)[:2]
+    save_file({k: v for k, v in weights.items() if k != first} | {"odd": weights[first]}, file)
+    with pytest.raises(AdapterError, match=rf"{first} is missing there; odd has no place here\."):
+        load_adapter(model, tmp_path)
+    save_file(weights | {second: weights[second][:, :8].contiguous()}, file)
+    with pytest.raises(AdapterError, match=rf"{second} is \(64, 8\) there and \(\d+, 16\) here"):
+        load_adapter(model, tmp_path)
+
+
+def test_another_models_weights_are_refused(tiny_llama3, tmp_path):
+    """Of a run without an adapter: a model with a layer less."""
+    small = AutoModelForCausalLM.from_pretrained(tiny_llama3, num_hidden_layers=1)
+    small.save_pretrained(tmp_path / "small")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama3)
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.self_attn.* is missing"):
+        load_adapter(model, tmp_path / "small")
+
+
+def test_a_run_without_training_has_nothing_to_load(tiny_cfg):
+    with pytest.raises(AdapterError, match=r"no adapter in .*; train first"):
+        require_adapter(tiny_cfg())
+    with pytest.raises(AdapterError, match=r"no model in .*; train first"):
+        require_adapter(tiny_cfg(use_peft=False))

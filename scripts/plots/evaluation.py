@@ -24,7 +24,8 @@ def before_after(figures: dict, frame: pd.DataFrame) -> Figure:
             mean = frame[f"{who}_length"].mean()
             lengths.axhline(mean, color=colour, lw=1, ls="--")
         lengths.set_title(
-            f"reply length: {figures['shorter']:.0%} shorter on average (× = cut off)", loc="left"
+            f"reply length: {figures['shorter']['mean']:.0%} shorter on average (× = cut off)",
+            loc="left",
         )
         lengths.set(xlabel="held-out prompts, by the base model's length", ylabel="tokens")
         lengths.legend(loc="upper left", bbox_to_anchor=(0, 0.9), frameon=True)
@@ -33,8 +34,10 @@ def before_after(figures: dict, frame: pd.DataFrame) -> Figure:
         for x, name in enumerate(names):
             for shift, who, colour in ((-0.13, "base", NEUTRAL), (0.13, "tuned", ACCENT)):
                 value = figures["measures"][name][who]
-                error = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
                 shares.bar(x + shift, value["mean"], 0.24, color=colour, alpha=0.85)
+                if value["low"] is None:  # one prompt has no interval
+                    continue
+                error = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
                 shares.errorbar(x + shift, value["mean"], error, color="black", lw=1, capsize=3)
         shares.set_xticks(range(len(names)), [titles[n] for n in names])
         shares.set(ylim=(0, 1.05))
