@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from scripts.benchmark import GROUPS, profile
 from scripts.cli import ROOT, RecipeError
 from scripts.config import load_config
 from scripts.data import load_preferences
@@ -130,14 +129,6 @@ def test_cases_are_read_and_others_refused():
     for case in ("512/128", "a/b/cx1", "1/2/3"):
         with pytest.raises(RecipeError, match="prompt/chosen/rejectedxpairs"):
             parse_case(case)
-
-
-def test_a_profile_tells_where_the_time_goes(tiny_cfg):
-    shares = profile("configs/smollm2-135m-cpu.yaml", tiny_cfg().given, "8/4/4x1")
-    assert list(shares.index[:3]) == list(GROUPS)
-    values = shares.str.rstrip("%").astype(float)
-    assert values["matrix products"] > 0 and values["attention"] > 0
-    assert 50 < values.sum() < 101
 
 
 def test_a_cpu_plan_counts_this_process(tiny_cfg):
