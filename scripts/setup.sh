@@ -23,8 +23,29 @@ find_python() {
   exit 1
 }
 
+# torch's wheel brings its own CUDA, and an older driver cannot run it: say so before gigabytes are
+# downloaded. CUDA 13 wants a driver of the 580 line or newer, CUDA 12 one of 525.
+check_driver() {
+  command -v nvidia-smi >/dev/null || return 0
+  local driver cuda=13 needed
+  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)"
+  [[ "$driver" =~ ^[0-9]+ ]] || return 0
+  if [[ -n "${SYSTEM_TORCH:-}" ]]; then
+    cuda="$("$1" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null || true)"
+    [[ -n "$cuda" ]] || return 0 # no torch or a CPU build: the self-check says so
+  fi
+  needed=$((${cuda%%.*} >= 13 ? 580 : 525))
+  if ((${driver%%.*} < needed)); then
+    echo "setup: the NVIDIA driver is $driver, and torch for CUDA ${cuda%%.*} needs $needed or newer." >&2
+    echo "setup: update the driver; or take an image or a Python that has torch for CUDA 12" >&2
+    echo "setup: (https://pytorch.org/get-started/locally), and run SYSTEM_TORCH=1 bash scripts/setup.sh" >&2
+    exit 1
+  fi
+}
+
 if [[ ! -x .venv/bin/python ]]; then
   python="$(find_python)"
+  check_driver "$python"
   echo "setup: making .venv with $("$python" --version)"
   if ! "$python" -m venv ${SYSTEM_TORCH:+--system-site-packages} .venv; then
     rm -rf .venv
@@ -36,7 +57,7 @@ fi
 # With SYSTEM_TORCH the pins of torch itself are left out; all else is installed over it.
 pins=.venv/constraints.txt
 if [[ -n "${SYSTEM_TORCH:-}" ]]; then
-  grep -vE '^(torch|triton|nvidia-|cuda-)' requirements.lock >"$pins"
+  grep -vE '^(torch|triton|nvidia-|cuda-)' requirements.lock >"$pins" || true
   grep -vE '^torch==' requirements.txt >.venv/requirements.txt
   files[0]=.venv/requirements.txt
 else

@@ -30,6 +30,7 @@ from scripts.model import load_model, load_tokenizer, resolve_model
 from scripts.monitoring.folder import start_run
 from scripts.monitoring.steps import RunLog
 from scripts.monitoring.tracking import finish_wandb, start_wandb
+from scripts.sharing.compiler import use_torch_head_without_compiler
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
 
 
@@ -74,6 +75,9 @@ def build_trainer(
     its reference log-probabilities come from this same model with the adapter switched off.
     See https://huggingface.co/docs/trl/dpo_trainer.
     """
+    remark = use_torch_head_without_compiler(cfg.dpo.device)
+    if remark and cfg.is_main_process:
+        print(remark)
     shared = {"prefix_attention": cfg.recipe.prefix_attention}
     make = partial(PrefixSharedDPOTrainer, **shared) if cfg.recipe.prefix_sharing else DPOTrainer
     trainer = make(

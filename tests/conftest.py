@@ -180,12 +180,15 @@ def tiny_trainer(tiny_run):
 
 @pytest.fixture
 def loopback():
-    """Starts HTTP servers on 127.0.0.1. `answer(path, body)` gives (status, headers, body)."""
+    """Starts HTTP servers on 127.0.0.1. `answer(path, body)` gives (status, headers, body); the
+    headers of each request are put into `seen`."""
     servers = []
 
-    def start(answer) -> str:
+    def start(answer, seen: list | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def respond(self) -> None:
+                if seen is not None:
+                    seen.append(dict(self.headers))
                 length = int(self.headers.get("Content-Length") or 0)
                 status, headers, body = answer(self.path, self.rfile.read(length))
                 self.send_response(status)

@@ -16,9 +16,10 @@ ORDER = [
     "cli", "config", "measures", "pairs.reading", "plots", "monitoring", "login", "model",
     "generation", "pairs.building", "data", "sharing", "adapter", "training", "planning",
     "preflight", "evaluate", "export", "plan", "benchmark", "run",
+    "selfcheck",
 ]  # fmt: skip
 BUILDING = {"scripts.pairs.build", "scripts.pairs.judges"}  # the part of pairs that needs a model
-APART = {"launchable", "selfcheck"}  # rooms that only the first may serve
+APART = {"launchable"}  # a room that only the first may serve
 
 
 def modules() -> dict[str, Path]:
