@@ -36,7 +36,7 @@ from scripts.monitoring.quiet import quiet
 from scripts.monitoring.tracking import has_wandb_key
 from scripts.planning.dataset import dataset_size, kept_checkpoints, training_steps
 from scripts.planning.hardware import checkpoint_bytes, needs, on_gpu
-from scripts.planning.machine import driver_version, missing_build_tools, needed_driver
+from scripts.planning.machine import driver_version, needed_driver
 from scripts.planning.memory import (
     GB,
     ModelSizes,
@@ -46,6 +46,7 @@ from scripts.planning.memory import (
     peak,
     stored,
 )
+from scripts.sharing.compiler import FIX, missing_for_triton
 
 PATIENCE = 15  # seconds for all that is asked of the network
 OK, WARN, FAIL = "ok", "warn", "FAIL"
@@ -111,10 +112,9 @@ def several_gpus(count: int, processes: int) -> Iterator[Check]:
 
 def triton(cfg: Config) -> Iterator[Check]:
     """What Triton compiles with, where a GPU is meant."""
-    if on_gpu(cfg) and (missing := missing_build_tools()):
-        finding = f"{', '.join(missing)}: cannot compile a kernel; the head goes in plain torch"
-        fix = "apt-get install -y gcc libc6-dev python3-dev"
-        yield Check(WARN, "Triton", finding, fix)
+    if on_gpu(cfg) and (missing := missing_for_triton()):
+        finding = f"{' and '.join(missing)} missing, so the head runs in plain torch, slower"
+        yield Check(WARN, "Triton", finding, FIX)
 
 
 def memory(cfg: Config) -> Iterator[Check]:

@@ -104,13 +104,13 @@ def test_triton_needs_a_compiler_and_pythons_headers(tmp_path, monkeypatch, tiny
     monkeypatch.setenv("PATH", str(tmp_path))
     (line,) = triton(cfg)
     assert line.status == WARN
-    assert line.finding.startswith(f"no {tmp_path}/Python.h")
+    assert line.finding.startswith("Python.h missing")
     assert "gcc libc6-dev python3-dev" in line.fix
     (tmp_path / "Python.h").write_text("")
     assert list(triton(cfg)) == []
     monkeypatch.setenv("PATH", "/nonexistent")
     (line,) = triton(cfg)
-    assert line.finding.startswith("no C compiler")
+    assert line.finding.startswith("a C compiler missing")
     assert list(triton(tiny_cfg(use_cpu=True))) == []
 
 
