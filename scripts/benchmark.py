@@ -2,9 +2,11 @@
 
     python -m scripts.benchmark --config configs/smollm2-135m-cpu.yaml
 
-Each measurement is a process of its own, the two trainers by turns, in the same run; of several
-repeats the median counts. It takes about half an hour on two cores, prints a table, and writes
-`benchmark.json` and `benchmark.png`. On a GPU the same command measures an 8B config.
+Each measurement is a process of its own that measures `MEASURED` steps after one to warm up, the
+ways to train by turns. TRL's trainer goes through each attention implementation that it has here,
+and the fastest is what prefix sharing is held against. The median of all steps counts, and the
+slowest and the fastest stand beside it. It takes about 50 minutes on two cores, prints a table, and
+writes `benchmark.json` and `benchmark.png`. On a GPU the same command measures an 8B config.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import TrainerCallback
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from trl import DPOTrainer
 
 from scripts import plots
 from scripts.config import ROOT, Config, load_config, parse_overrides
@@ -43,7 +47,8 @@ GROWTH = {
     "prompt": ["64/100/100x2", "256/100/100x2", "512/100/100x2", "1024/100/100x2"],
     "pairs": ["128/100/100x1", "128/100/100x2", "128/100/100x4", "128/100/100x8"],
 }
-TRAINERS = {"trl": False, "shared": True}
+SHARED = "shared"  # the way that is no attention of TRL's trainer
+MEASURED = 3  # steps a process; the one before them warms up
 
 
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
@@ -64,13 +69,38 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class StepTimer(TrainerCallback):
-    """Notes the seconds of each optimiser step."""
+def trl_attentions() -> list[str]:
+    """The attention implementations of transformers that can be had on this machine."""
+    flash = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
+    return ["eager", "sdpa", *(name for name, available in flash.items() if available())]
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, []
+
+class StepRecorder(TrainerCallback):
+    """Notes each optimiser step of `trainer`: its seconds, and the pairs that it went through.
+
+    With gradient accumulation a step takes several batches; all of them count.
+    """
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.device = trainer.accelerator.device
+        self.seconds: list[float] = []
+        self._batches: list[list[dict[str, torch.Tensor]]] = []
+        train_on = trainer.training_step
+
+        def noting(model, inputs, *args, **kwargs):
+            # Only kept here; counting tokens would wait for the GPU in the middle of a step.
+            masks = {k: inputs[k] for k in ("completion_mask", "attention_mask")}
+            self._batches[-1].append(masks)
+            return train_on(model, inputs, *args, **kwargs)
+
+        trainer.training_step = noting
+        trainer.add_callback(self)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._batches.append([])
         _wait(self.device)
         self._start = time.perf_counter()
 
@@ -78,54 +108,59 @@ class StepTimer(TrainerCallback):
         _wait(self.device)
         self.seconds.append(time.perf_counter() - self._start)
 
+    def lengths(self) -> list[np.ndarray]:
+        """Of each step (pairs, 3): the tokens of prompt, chosen and rejected of all its pairs."""
+        return [np.concatenate([lengths_of(one) for one in step]) for step in self._batches]
 
-def measure(config: str, overrides: dict, case: str, trainer: str, profiler=None) -> dict:
-    """Train a few steps in this process; seconds a step, peak memory, and the matmul limit.
 
-    `profiler` is a context that the steps run in.
+def measure(
+    config: str, overrides: dict, case: str, attention: str | None, profiler=None
+) -> dict:  # fmt: skip
+    """Train a few steps in this process.
+
+    With `attention` TRL's trainer with that implementation, without it prefix sharing. `profiler`
+    is a context that the steps run in.
+
+    Returns:
+        `pairs_per_second` and `share_of_limit` (of the rate of one large product), medians over the
+        measured steps; each step's `rates` in pairs a second, `step_pairs` and `seconds`; peak
+        memory in GB.
     """
-    steps = 1 + measured_steps(case)  # the first warms up
-    values = {"prefix_sharing": TRAINERS[trainer], "max_steps": steps, "report_to": "none"}
+    steps = 1 + MEASURED
+    values = {"prefix_sharing": attention is None, "max_steps": steps, "report_to": "none"}
     values |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 100}
+    values |= {"attn_implementation": attention} if attention else {}
     if case != "data":
         prompt, chosen, rejected, size = parse_case(case)
         values |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
-        values["max_length"] = prompt + max(chosen, rejected)
-    cfg = load_config(config, values | overrides)
+        # Nothing is cut: neither these pairs, nor the one that the trainer is built with.
+        values["max_length"] = max(prompt + max(chosen, rejected), 256)
+    cfg = load_config(config, overrides | values)
     if case == "data":
-        model = assemble(cfg).trainer
+        trainer = assemble(cfg).trainer
     else:
-        model = trial_trainer(cfg, (prompt, chosen, rejected), size * steps)
-    device = model.accelerator.device
-    model.remove_callback(RunLog)
-    timer = StepTimer(device)
-    model.add_callback(timer)
+        trainer = trial_trainer(cfg, (prompt, chosen, rejected), size * steps)
+    device = trainer.accelerator.device
+    trainer.remove_callback(RunLog)
+    recorder = StepRecorder(trainer)
     limit = matmul_limit(device, torch.bfloat16)
     before = peak_memory(device)
-    batches = iter(model.get_train_dataloader())
     with profiler or nullcontext():
-        model.train()
-    lengths = [lengths_of(next(batches)) for _ in range(steps)] if case == "data" else None
-    if lengths is None:
-        lengths = [np.tile([prompt, chosen, rejected], (size, 1))] * steps
-    lora = sum(p.numel() for p in model.model.parameters() if p.requires_grad)
-    rates = [
-        (len(n) / s, step_flops(model.model.config, n, lora) / s / limit)
-        for n, s in zip(lengths[1:], timer.seconds[1:], strict=True)
-    ]
+        trainer.train()
+    lora = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    measured = list(zip(recorder.lengths(), recorder.seconds, strict=True))[1:]
+    rates = [len(pairs) / seconds for pairs, seconds in measured]
+    flops = [step_flops(trainer.model.config, pairs, lora) / s for pairs, s in measured]
     return {
-        "pairs_per_second": median(pairs for pairs, _ in rates),
-        "share_of_limit": median(share for _, share in rates),
+        "pairs_per_second": median(rates),
+        "share_of_limit": median(flops) / limit,
+        "rates": rates,
+        "step_pairs": [len(pairs) for pairs, _ in measured],
+        "seconds": [seconds for _, seconds in measured],
         "peak_gb": peak_memory(device),
         "before_gb": before,
         "limit_tflops": limit / 1e12,
-        "seconds": timer.seconds,
     }
-
-
-def measured_steps(case: str) -> int:
-    """Steps to measure in a process: real batches differ, random ones are all of a size."""
-    return 3 if case == "data" else 1
 
 
 # Which of torch's operations belong together, by what their names begin with.
@@ -140,7 +175,7 @@ def profile(config: str, overrides: dict, case: str) -> pd.Series:
     """Where the time of a few steps with prefix sharing goes: shares by `GROUPS`, then the largest
     of the other operations."""
     profiler = torch.profiler.profile()
-    measure(config, overrides, case, "shared", profiler)
+    measure(config, overrides, case, None, profiler)
     times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     total = sum(times.values())
     shares = dict.fromkeys(GROUPS, 0.0)
@@ -159,48 +194,77 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
-def run_case(config: str, overrides: dict, case: str, repeats: int) -> dict:
-    """Both trainers by turns, `repeats` times, each time in a process of its own."""
-    found = {name: [] for name in TRAINERS}
+def run_case(config: str, overrides: dict, case: str, repeats: int) -> dict[str, list[dict]]:
+    """Every way to train by turns, `repeats` times, each time in a process of its own.
+
+    Returns:
+        What `measure` gave (or the `error`) by way: `shared`, and each attention that TRL has here.
+    """
+    ways: dict[str, list[dict]] = {name: [] for name in (*trl_attentions(), SHARED)}
     for turn in range(repeats):
-        for name in list(TRAINERS)[:: 1 if turn % 2 == 0 else -1]:
-            job = json.dumps([config, overrides, case, name])
-            done = subprocess.run(
-                [sys.executable, "-m", "scripts.benchmark", "--child", job],
-                cwd=ROOT, capture_output=True, text=True,
-            )  # fmt: skip
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                found[name].append({"error": reason})
-            else:
-                found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"{case:<16}{name:<8}{summary(found[name][-1])}", flush=True)
-    return found
+        for name in list(ways)[:: 1 if turn % 2 == 0 else -1]:
+            attention = None if name == SHARED else name
+            ways[name].append(_in_a_process([config, overrides, case, attention]))
+            label = name if name == SHARED else f"trl, {name}"
+            print(f"{case:<16}{label:<24}{summary(ways[name][-1])}", flush=True)
+    return ways
+
+
+def against_best(ways: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """`shared` and `trl`, the latter with the attention whose median rate is the highest.
+
+    An attention that failed in every process counts as a rate of 0.
+    """
+    tried = {name: runs for name, runs in ways.items() if name != SHARED}
+    best = max(tried, key=lambda name: median(all_rates(tried[name]) or [0]))
+    runs = [run | {"attention": best} for run in tried[best]]
+    return {"trl": runs, SHARED: ways[SHARED]}
+
+
+def _in_a_process(job: list) -> dict:
+    """`measure(*job)` in a process of its own, or the `error` that it ended with."""
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.benchmark", "--child", json.dumps(job)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def all_rates(runs: list[dict]) -> list[float]:
+    """Pairs a second of every measured step of every run that did not fail."""
+    return [rate for run in runs for rate in run.get("rates", [])]
 
 
 def summary(result: dict) -> str:
     """One measurement in a line."""
     if "error" in result:
         return f"failed: {result['error'][:120]}"
+    low, high = min(result["rates"]), max(result["rates"])
     return (
-        f"{result['pairs_per_second']:7.2f} pairs/s  {result['peak_gb']:6.2f} GB  "
+        f"{result['pairs_per_second']:7.2f} pairs/s ({low:.2f}-{high:.2f})  "
+        f"{result['peak_gb']:6.2f} GB  "
         f"{result['share_of_limit']:.0%} of {result['limit_tflops']:.2f} TFLOP/s"
     )
 
 
 def table(results: dict) -> pd.DataFrame:
-    """Medians of each case, and the ratios of prefix sharing to TRL."""
+    """A row a case: medians, slowest to fastest step, and the ratios of prefix sharing to TRL."""
     rows = {}
     for case, found in results.items():
-        row = {}
-        for name, runs in found.items():
-            runs = [run for run in runs if "error" not in run]
-            for key in ("pairs_per_second", "peak_gb", "share_of_limit"):
+        row = {"TRL attention": found["trl"][0]["attention"]}
+        for name in ("trl", SHARED):
+            runs = [run for run in found[name] if "error" not in run]
+            rates = all_rates(runs) or [float("nan")]
+            row[f"pairs_per_second {name}"] = median(rates)
+            row[f"range {name}"] = f"{min(rates):.2f}-{max(rates):.2f}"
+            for key in ("peak_gb", "share_of_limit"):
                 row[f"{key} {name}"] = median(r[key] for r in runs) if runs else float("nan")
         row["speed"] = row["pairs_per_second shared"] / row["pairs_per_second trl"]
         row["memory"] = row["peak_gb shared"] / row["peak_gb trl"]
         rows[case] = row
-    return pd.DataFrame(rows).T
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def machine(cfg: Config) -> str:
@@ -224,26 +288,30 @@ def main(args: argparse.Namespace) -> None:
         return
     cfg = load_config(args.config, overrides)
     folder = Path(args.output_dir or "outputs/benchmark")
-    results = {"machine": machine(cfg), "config": args.config, "cases": {}, "growth": {}}
+    results = {"machine": machine(cfg), "config": args.config}
+    results |= {"cases": {}, "growth": {}, "tried": {}}  # `tried`: every attention of TRL's
     for name in args.formats:
         more = overrides | {"load_in_4bit": name == "nf4"}
         for case in args.cases:
-            found = run_case(args.config, more, case, args.repeats)
-            results["cases"][f"{name} {case}"] = found
+            ways = run_case(args.config, more, case, args.repeats)
+            results["tried"][f"{name} {case}"] = ways
+            results["cases"][f"{name} {case}"] = against_best(ways)
             save(results, folder)
     for axis, cases in {} if args.no_growth else GROWTH.items():
-        found = {case: run_case(args.config, overrides, case, 1) for case in cases}
-        results["growth"][axis] = found
+        ways = {case: run_case(args.config, overrides, case, 1) for case in cases}
+        results["growth"][axis] = {case: against_best(found) for case, found in ways.items()}
         save(results, folder)
     plots.save(plots.benchmark(results), folder / "benchmark.png")
-    print(f"\n{results['machine']}, medians of {args.repeats}; speed and memory: shared / trl")
+    steps = f"{args.repeats} processes of {MEASURED} steps"
+    print(f"\n{results['machine']}, medians of {steps}; speed and memory: shared / trl")
     print(table(results["cases"]).round(2).to_string())
     print(f"\n{folder / 'benchmark.json'}, {folder / 'benchmark.png'}")
 
 
 def save(results: dict, folder: Path) -> None:
-    """Keep what is measured so far."""
+    """Keep what is measured so far, the `table` of it included."""
     folder.mkdir(parents=True, exist_ok=True)
+    results["table"] = table(results["cases"]).to_dict("index")
     (folder / "benchmark.json").write_text(json.dumps(results, indent=1))
 
 

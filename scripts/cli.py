@@ -119,7 +119,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
 def _benchmark(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
-    add("--repeats", type=int, default=3, help="processes a case and trainer")
+    add("--repeats", type=int, default=3, help="processes a case and way to train")
     add("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"],
         help="how the weights are held")  # fmt: skip
     add("--profile", metavar="CASE", help="only profile prefix sharing on CASE")

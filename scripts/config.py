@@ -1,8 +1,9 @@
 """Read a run's YAML file into TRL's own argument classes, strictly.
 
 The keys are those of TRL's `ScriptArguments`, `ModelConfig` and `DPOConfig`, flat in one file, as
-`trl dpo --config` reads them; what is ours alone is `RecipeArguments`. A key nobody knows or a
-value of the wrong type is an error before anything is loaded.
+`trl dpo --config` reads them; what is ours alone is `RecipeArguments`. A key nobody knows, a key
+that stands twice, or a value of the wrong type or out of range is an error before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from trl import DPOConfig, ModelConfig, ScriptArguments
 
 from scripts.cli import ROOT, RecipeError
@@ -28,23 +30,31 @@ class ConfigError(RecipeError):
     """A mistake in a config file or an override."""
 
 
+AtLeast1 = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
 @dataclass
 class RecipeArguments:
-    """What the recipe needs beyond TRL's own arguments."""
+    """What the recipe needs beyond TRL's own arguments, each with what it may be."""
 
-    dataset_format: str = "auto"  # by the columns; or the name of one of formats.FORMATS
+    # By the columns; or the name of one of pairs.formats.FORMATS.
+    dataset_format: Literal[
+        "auto", "explicit", "implicit", "orca", "sharegpt", "alpaca", "hh"
+    ] = "auto"  # fmt: skip
     dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
-    on_bad_rows: typing.Literal["error", "drop"] = "drop"  # dropped ones are written down
-    train_samples: int | None = None  # use this many training pairs (None: all of them)
-    eval_samples: int | None = None  # likewise for the held-out pairs
-    test_split_size: float = 0.02  # share held out when the data has no test split of its own
+    on_bad_rows: Literal["error", "drop"] = "drop"  # dropped ones are written down
+    train_samples: AtLeast1 | None = None  # use this many training pairs (None: all of them)
+    eval_samples: AtLeast1 | None = None  # likewise for the held-out pairs
+    test_split_size: Share = 0.02  # held out when the data has no test split of its own
     prefix_sharing: bool = True  # run each prompt once (scripts/sharing), not TRL's way
-    prefix_attention: typing.Literal["segments", "mask", "flex"] = "segments"
-    max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
-    generation_batch_size: int = 16
-    eval_prompts: int | None = None  # try this many held-out prompts (None: all of them)
-    merge_dtype: str = "float16"  # of the merged model; bfloat16 rounds a small update away
-    wandb_project: str = "llama3-dpo"
+    prefix_attention: Literal["segments", "mask", "flex"] = "segments"
+    max_new_tokens: AtLeast1 = 256  # cap on a reply when the model is tried before and after
+    generation_batch_size: AtLeast1 = 16
+    eval_prompts: AtLeast1 | None = None  # try this many held-out prompts (None: all of them)
+    # Of the merged model; bfloat16 rounds a small update away.
+    merge_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    wandb_project: Annotated[str, Field(min_length=1)] = "llama3-dpo"
 
 
 @dataclass
@@ -80,12 +90,57 @@ PARTS: dict[str, type] = {
     "model": ModelConfig,
     "dpo": DPOConfig,
 }
+# Of TRL's own arguments those whose senseless values neither TRL nor transformers refuses.
+RANGES = {
+    "lora_r": Field(ge=1),
+    "lora_alpha": Field(ge=1),
+    "max_length": Field(ge=2),
+    "beta": Field(gt=0, allow_inf_nan=False),
+    "learning_rate": Field(ge=0, allow_inf_nan=False),
+    "num_train_epochs": Field(gt=0, allow_inf_nan=False),
+    "per_device_train_batch_size": Field(ge=1),
+    "per_device_eval_batch_size": Field(ge=1),
+    "gradient_accumulation_steps": Field(ge=1),
+}
 HINTS: dict[str, Any] = {
-    f.name: typing.get_type_hints(part)[f.name]
+    f.name: typing.get_type_hints(part, include_extras=True)[f.name]
     for part in reversed(PARTS.values())
     for f in dataclasses.fields(part)
     if f.init
 }
+HINTS |= {name: Annotated[HINTS[name], limits] for name, limits in RANGES.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which by itself lets the last of several equal keys win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ConfigError(
+                    f"{self.name}: `{key.value}` stands twice, in lines {lines[key.value]} and "
+                    f"{line}; keep one of them"
+                )
+            lines[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(name: str, text: str) -> Any:
+    """`text` as YAML.
+
+    Raises:
+        ConfigError: it is no YAML, or a key stands twice in a mapping.
+    """
+    loader = _UniqueKeys(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
 
 
 def load_config(
@@ -98,8 +153,8 @@ def load_config(
 
     Raises:
         ConfigError: the file is missing or is no mapping, a key is unknown (the message names the
-            nearest one), a value is of the wrong type or refused by TRL, or weights of 4 or 8 bits
-            are to be trained themselves.
+            nearest one) or stands twice, a value is of the wrong type, out of range or refused by
+            TRL, or weights of 4 or 8 bits are to be trained themselves.
     """
     path = Path(path)
     if not path.is_file() and not path.is_absolute():
@@ -107,10 +162,7 @@ def load_config(
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
         raise ConfigError(f"no config file at {path}; configs/ has {known}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path.name} is not valid YAML: {error}") from None
+    values = _read_yaml(path.name, path.read_text())
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} must hold `key: value` lines")
     given = {key: _checked(path.name, key, value) for key, value in values.items()}
@@ -148,21 +200,37 @@ def _checked(where: str, key: str, value: Any) -> Any:
     try:
         return TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
-        wanted = getattr(hint, "__name__", None) or str(hint)
-        wanted = wanted if typing.get_origin(hint) is None else str(hint)
+        reason = error.errors()[0]["msg"]
         raise ConfigError(
-            f"{where}: `{key}` must be {wanted}, got {value!r} ({error.errors()[0]['msg']})"
+            f"{where}: `{key}` must be {_plain(hint)}, got {value!r} ({reason})"
         ) from None
 
 
+def _plain(hint: Any) -> str:
+    """The type `hint` in few words, its range left to pydantic's own message."""
+    if typing.get_origin(hint) is Annotated:
+        return _plain(typing.get_args(hint)[0])
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_plain(one) for one in typing.get_args(hint))
+    if hint is type(None):
+        return "null"
+    return hint.__name__ if typing.get_origin(hint) is None else str(hint)
+
+
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`["beta=0.2", "report_to=none"]` as a mapping, each value read as YAML."""
+    """`["beta=0.2", "report_to=none"]` as a mapping, each value read as YAML.
+
+    Raises:
+        ConfigError: one of them is no `key=value`, or its value is no YAML.
+    """
     overrides = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set takes key=value, got {pair!r}")
-        overrides[key.strip()] = yaml.safe_load(value)
+        overrides[key.strip()] = _read_yaml(f"--set {key.strip()}", value)
     return overrides
 
 

@@ -15,50 +15,79 @@ if __name__ == "__main__":
     ARGS = cli.parse("plan")  # before the libraries load, so that --help is answered at once
 
 import argparse
+import math
 
-from scripts.config import ROOT, Config, config_from_args
+from scripts.config import Config, config_from_args
 from scripts.monitoring.quiet import quiet
-from scripts.planning.hardware import gpus, memory_table, on_gpu, time_table
-from scripts.planning.lengths import parse_case, worst_lengths
-from scripts.planning.memory import architecture, shape
+from scripts.planning.dataset import (
+    DatasetSize,
+    dataset_size,
+    global_batch,
+    kept_checkpoints,
+    trained_pairs,
+    training_steps,
+)
+from scripts.planning.hardware import checkpoint_bytes, memory_table, on_gpu, time_table
+from scripts.planning.lengths import Lengths, parse_case, worst_lengths
+from scripts.planning.memory import GB, PAGED, architecture, model_sizes
+from scripts.planning.table import table
 
 
-def report(cfg: Config, pairs: int, lengths: tuple[int, int, int] | None = None) -> str:
-    """The whole plan as text; memory is for the worst lengths, time for `lengths` if given."""
+def report(cfg: Config, data: DatasetSize) -> str:
+    """The whole plan as text: memory for pairs as long as `max_length` allows, time for those and
+    for `data.usual` lengths."""
     config = architecture(cfg)
-    s = shape(cfg, config)
+    sizes = model_sizes(cfg, config)
     cuda = on_gpu(cfg)
-    total = s.quantized + s.other + s.lora
-    prompt, chosen, rejected = worst = worst_lengths(cfg)
-    size = cfg.dpo.per_device_train_batch_size * cfg.dpo.gradient_accumulation_steps
-    steps = cfg.dpo.max_steps
-    if steps <= 0:
-        steps = -(-pairs * int(cfg.dpo.num_train_epochs) // size)
-    tokens = steps * size * sum(lengths or worst)
+    total = sizes.base + (sizes.trained if sizes.rank else 0)
+    steps, pairs = training_steps(cfg, data.pairs), trained_pairs(cfg, data.pairs)
+    worst = worst_lengths(cfg)
+    tokens = pairs * sum(data.usual or worst)
+    memory = memory_table(cfg, sizes)
     lines = [
         f"model: {cfg.model.model_name_or_path}",
-        f"parameters: {total:,}, trained {s.lora:,} ({s.lora / total:.2%})",
-        f"steps: {steps:,} of {size} pairs, {tokens / 1e6:,.1f} million tokens (prompts once)",
-        f"\nmemory in GB on {'a GPU' if cuda else 'this CPU (resident memory)'}, pairs of "
-        f"{prompt}/{chosen}/{rejected} tokens (prompt/chosen/rejected,\n"
-        "as long as max_length allows):",
-        memory_table(cfg, s).round(2).to_string(na_rep=""),
+        f"parameters: {total:,}, trained {sizes.trained:,} ({sizes.trained / total:.2%})",
+        f"data: {data.pairs:,} training pairs, usually of {data.usual or 'unknown'} tokens, "
+        f"{worst} at most (prompt/chosen/rejected; {data.source})",
+        f"steps: {steps:,} of {global_batch(cfg)} pairs, {tokens / 1e6:,.1f} million tokens "
+        "(prompts once)",
+        *_generation(cfg),
+        *_checkpoints(cfg, checkpoint_bytes(cfg, sizes), kept_checkpoints(cfg, steps)),
+        f"\nmemory in GB on {'a GPU' if cuda else 'this CPU (resident memory)'}, for pairs of "
+        f"{worst} tokens:",
+        memory.round(2).to_string(na_rep=""),
     ]
+    if PAGED in memory.index:
+        lines.append(
+            f"({PAGED}: managed memory, which torch does not count, and which moves to main memory "
+            "when the GPU is full)"
+        )
     if cuda:
         lines += [
-            f"\ntraining alone, pairs of {'/'.join(map(str, lengths or worst))} tokens, at "
-            f"{gpus()['utilisation']:.0%} of each GPU's dense 16-bit rate\n"
+            f"\ntraining alone, at {table()['utilisation']:.0%} of each GPU's dense 16-bit rate\n"
             "(an assumption, not a measurement; prices and rates: configs/hardware/gpus.yaml):",
-            time_table(cfg, s, config, steps * size, lengths or worst).to_string(),
+            time_table(cfg, sizes, config, pairs, data.usual).to_string(),
         ]
     return "\n".join(lines)
 
 
-def known_pairs(cfg: Config) -> int:
-    """How many training pairs the config's dataset has, where that is known without a download."""
-    if cfg.script.dataset_name == "data":
-        return sum(1 for _ in (ROOT / "data" / "train.jsonl").open())
-    return gpus()["datasets"].get(cfg.script.dataset_name, 10_000)
+def _generation(cfg: Config) -> list[str]:
+    """How many steps the replies before and after take, if the number of prompts is known."""
+    prompts, replies = cfg.recipe.eval_prompts, cfg.recipe.generation_batch_size
+    if not prompts:
+        return []
+    steps = 2 * math.ceil(prompts / replies) * cfg.recipe.max_new_tokens
+    return [f"before and after: up to {steps:,} decoding steps of {min(prompts, replies)} replies"]
+
+
+def _checkpoints(cfg: Config, size: float, kept: int) -> list[str]:
+    """What the checkpoints take on disk."""
+    if not kept:
+        return ["checkpoints: none"]
+    return [
+        f"checkpoints: {kept * size / GB:.1f} GB on disk, up to {kept} at a time of "
+        f"{size / GB:.1f} GB (save_total_limit: {cfg.dpo.save_total_limit}, and one being written)"
+    ]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -67,10 +96,13 @@ def main(args: argparse.Namespace) -> None:
         from scripts.planning.validate import validate  # which trains, and so loads more
 
         return validate()
-    lengths = parse_case(f"{args.lengths}x1")[:3] if args.lengths else None
     cfg = config_from_args(args, may_lack_gpu=True)
-    pairs = args.pairs or cfg.recipe.train_samples or known_pairs(cfg)
-    print(report(cfg, pairs, lengths))
+    data = dataset_size(cfg)
+    if args.pairs:
+        data = data._replace(pairs=args.pairs, source="--pairs")
+    if args.lengths:
+        data = data._replace(usual=Lengths(*parse_case(f"{args.lengths}x1")[:3]))
+    print(report(cfg, data))
 
 
 if __name__ == "__main__":

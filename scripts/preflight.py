@@ -34,10 +34,20 @@ from scripts.login import hub_state
 from scripts.model import WHEELS
 from scripts.monitoring.quiet import quiet
 from scripts.monitoring.tracking import has_wandb_key
-from scripts.planning.hardware import needs, on_gpu
-from scripts.planning.memory import architecture, peak, shape
+from scripts.planning.dataset import dataset_size, kept_checkpoints, training_steps
+from scripts.planning.hardware import checkpoint_bytes, needs, on_gpu
+from scripts.planning.machine import driver_version, needed_driver
+from scripts.planning.memory import (
+    GB,
+    ModelSizes,
+    architecture,
+    merged_bytes,
+    model_sizes,
+    peak,
+    stored,
+)
+from scripts.sharing.compiler import FIX, missing_for_triton
 
-GB = 1024**3
 PATIENCE = 15  # seconds for all that is asked of the network
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 
@@ -61,44 +71,95 @@ def gpu(cfg: Config) -> Iterator[Check]:
         yield Check(OK, "device", f"CPU, {torch.get_num_threads()} threads, as the config says")
         return
     if not torch.cuda.is_available():
-        built = torch.version.cuda or "none: a CPU build of torch"
-        yield Check(FAIL, "GPU", f"torch sees none (CUDA of this torch: {built})",
-                    "nvidia-smi must list one, with a driver as new as that CUDA; or take the "
-                    "default config, which runs on a CPU")  # fmt: skip
+        yield _no_gpu(torch.version.cuda, driver_version())
         return
     properties = torch.cuda.get_device_properties(0)
     major, minor = properties.major, properties.minor
     finding = f"{properties.name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
     yield Check(OK, "GPU", finding)
+    yield from several_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1)))
     if cfg.dpo.bf16 and major < 8:
         fix = "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true"
         yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}", fix)
 
 
+def _no_gpu(cuda: str | None, driver: str | None) -> Check:
+    """Why torch, built for `cuda`, sees no GPU under `driver`."""
+    if driver is None:
+        return Check(FAIL, "GPU", f"no NVIDIA driver (CUDA of this torch: {cuda or 'none'})",
+                     "nvidia-smi must list a GPU; or take the default config, which runs on a "
+                     "CPU")  # fmt: skip
+    if cuda is None:
+        return Check(FAIL, "GPU", f"driver {driver}, but this torch is built for the CPU",
+                     "remove it and run bash scripts/setup.sh again")  # fmt: skip
+    needed = needed_driver(cuda)
+    if needed and int(driver.split(".")[0]) < needed:
+        return Check(FAIL, "GPU", f"driver {driver} is too old for CUDA {cuda} of this torch",
+                     f"a driver of {needed} or newer, or a torch built for an older CUDA "
+                     "(https://pytorch.org/get-started)")  # fmt: skip
+    return Check(FAIL, "GPU", f"torch sees none, with driver {driver} and CUDA {cuda}",
+                 "nvidia-smi must list one, and CUDA_VISIBLE_DEVICES must not hide it")  # fmt: skip
+
+
+def several_gpus(count: int, processes: int) -> Iterator[Check]:
+    """One process trains on one GPU: transformers would spread it over all, which NF4 cannot."""
+    if count > 1 and processes == 1:
+        yield Check(FAIL, "GPUs", f"{count} are visible to one process",
+                    "export CUDA_VISIBLE_DEVICES=0 before Python starts, or start one process for "
+                    "each: accelerate launch --config_file configs/accelerate/gpus.yaml -m "
+                    "scripts.training --config ...")  # fmt: skip
+
+
+def triton(cfg: Config) -> Iterator[Check]:
+    """What Triton compiles with, where a GPU is meant."""
+    if on_gpu(cfg) and (missing := missing_for_triton()):
+        finding = f"{' and '.join(missing)} missing, so the head runs in plain torch, slower"
+        yield Check(WARN, "Triton", finding, FIX)
+
+
 def memory(cfg: Config) -> Iterator[Check]:
     """Free memory and disk against the plan."""
     try:
-        config = architecture(cfg)
-        s = shape(cfg, config)
+        sizes = model_sizes(cfg, architecture(cfg))
     except RecipeError as error:
         yield Check(WARN, "plan", str(error), "its memory cannot be foretold")
         return
-    needed = {k: peak(v) for k, v in needs(cfg, s).items()}
+    needed = {k: peak(v) for k, v in needs(cfg, sizes).items()}
     cuda = torch.cuda.is_available() and on_gpu(cfg)
     if on_gpu(cfg) and not cuda:
         yield Check(WARN, "GPU memory", f"{max(needed.values()):.1f} GB planned, no GPU to ask")
     else:
         yield _room(needed, cuda)
-    sixteen = 2 * (s.quantized + s.other) / GB
-    for what, path, need in (
-        ("disk for the model", Path(constants.HF_HOME), sixteen),
-        ("disk for the run", cfg.run_dir, sixteen + 1),
-    ):
+    yield from _disk(cfg, sizes)
+
+
+def _disk(cfg: Config, sizes: ModelSizes) -> Iterator[Check]:
+    """A line for each disk that model and run are written to."""
+    try:
+        pairs = dataset_size(cfg).pairs
+    except RecipeError:  # the check of the dataset says what is wrong with it
+        pairs = cfg.recipe.train_samples or 10_000
+    kept = kept_checkpoints(cfg, training_steps(cfg, pairs))
+    wanted = [
+        (Path(constants.HF_HOME), {"model": 2 * sizes.base}),
+        (cfg.run_dir, {
+            "checkpoints": kept * checkpoint_bytes(cfg, sizes),
+            "adapter": stored(cfg, sizes)["adapter"],
+            "merged model": merged_bytes(cfg, sizes),
+            "the rest": GB,
+        }),
+    ]  # fmt: skip
+    disks: dict[int, tuple[Path, dict[str, float]]] = {}
+    for path, parts in wanted:
         there = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-        room = shutil.disk_usage(there).free / GB
-        finding = f"{room:.0f} GB free, up to {need:.1f} GB needed"
-        fits, fix = room > need, "free some, or set HF_HOME / output_dir to another disk"
-        yield Check(OK if fits else FAIL, what, finding, "" if fits else fix)
+        _, before = disks.get(there.stat().st_dev, (there, {}))
+        disks[there.stat().st_dev] = (there, before | parts)
+    for there, parts in disks.values():
+        free, need = shutil.disk_usage(there).free, sum(parts.values())
+        shares = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts.items() if size)
+        finding = f"{free / GB:.0f} GB free, up to {need / GB:.1f} GB needed ({shares})"
+        fits, fix = free > need, "free some, or set HF_HOME / output_dir to another disk"
+        yield Check(OK if fits else FAIL, "disk", finding, "" if fits else fix)
 
 
 def _room(needed: dict[str, float], cuda: bool) -> Check:
@@ -107,9 +168,8 @@ def _room(needed: dict[str, float], cuda: bool) -> Check:
     finding = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
     # A step is planned to a tenth; over many of them a CPU's heap comes to hold half as much again.
     spare = 1.1 if cuda else 1.5
-    status = (
-        OK if needed[phase] * spare < free / GB else WARN if needed["step"] < free / GB else FAIL
-    )
+    must = max(size for name, size in needed.items() if name != "merge")  # that can go on a CPU
+    status = OK if needed[phase] * spare < free / GB else WARN if must < free / GB else FAIL
     fix = "" if status == OK else "python -m scripts.plan names the first change that would fit"
     return Check(status, "GPU memory" if cuda else "memory", finding, fix)
 
@@ -196,7 +256,7 @@ def tracking(cfg: Config) -> Iterator[Check]:
                         "the run is recorded offline")  # fmt: skip
 
 
-LOCAL = (gpu, memory, versions)
+LOCAL = (gpu, triton, memory, versions)
 REMOTE = (model, dataset, tracking)
 
 

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+import typing
 
 import pytest
 from peft import LoraConfig
 from trl import get_peft_config, get_quantization_config
 
 from scripts.cli import ROOT
-from scripts.config import ConfigError, load_config, parse_overrides
+from scripts.config import HINTS, ConfigError, load_config, parse_overrides
+from scripts.pairs.formats import FORMATS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEFAULT = "configs/smollm2-135m-cpu.yaml"
@@ -75,6 +77,60 @@ def test_unknown_key_names_the_nearest(tmp_path):
 def test_ill_typed_values_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"`{key}` must be"):
         load_config(DEFAULT, {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "limit"),
+    [
+        ("train_samples", -3, "greater than or equal to 1"),
+        ("eval_samples", 0, "greater than or equal to 1"),
+        ("eval_prompts", 0, "greater than or equal to 1"),
+        ("max_new_tokens", 0, "greater than or equal to 1"),
+        ("generation_batch_size", -1, "greater than or equal to 1"),
+        ("test_split_size", 1.0, "less than 1"),
+        ("test_split_size", 0, "greater than 0"),
+        ("test_split_size", float("nan"), "finite number"),
+        ("merge_dtype", "int7", "'float16', 'bfloat16' or 'float32'"),
+        ("dataset_format", "orka", "'orca'"),
+        ("wandb_project", "", "at least 1 character"),
+        ("lora_r", 0, "greater than or equal to 1"),
+        ("max_length", -5, "greater than or equal to 2"),
+        ("per_device_train_batch_size", 0, "greater than or equal to 1"),
+        ("gradient_accumulation_steps", 0, "greater than or equal to 1"),
+        ("num_train_epochs", -1, "greater than 0"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_range(key, value, limit):
+    with pytest.raises(ConfigError) as refused:
+        load_config(DEFAULT, {key: value})
+    line = str(refused.value)
+    assert "\n" not in line
+    assert line.startswith(f"override: `{key}` must be ") and f"got {value!r}" in line
+    assert limit in line
+
+
+def test_the_formats_of_the_config_are_those_that_are_read():
+    allowed = set(typing.get_args(HINTS["dataset_format"]))
+    assert allowed == {"auto", *FORMATS}
+
+
+def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("beta: 0.1\nlora_r: 8\n\nbeta: 0.5\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: `beta` stands twice, in lines 1 and 4"):
+        load_config(path)
+    path.write_text("dataset_columns:\n  a: chosen\n  a: rejected\n")
+    with pytest.raises(ConfigError, match=r"`a` stands twice, in lines 2 and 3"):
+        load_config(path)
+
+
+def test_what_is_no_yaml_is_one_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("beta: [0.1\nlora_r: 8\n")
+    for read in (lambda: load_config(path), lambda: parse_overrides(["beta={"])):
+        with pytest.raises(ConfigError, match="is not valid YAML") as refused:
+            read()
+        assert "\n" not in str(refused.value)
 
 
 def test_yaml_reads_5e_5_as_text_and_the_config_as_a_number():

@@ -10,6 +10,7 @@ import torch
 from scripts import preflight as module
 from scripts.cli import ROOT
 from scripts.config import load_config
+from scripts.planning.machine import driver_version
 from scripts.preflight import (
     FAIL,
     OK,
@@ -20,8 +21,10 @@ from scripts.preflight import (
     memory,
     model,
     preflight,
+    several_gpus,
     show,
     tracking,
+    triton,
     versions,
 )
 from scripts.selfcheck import selfcheck
@@ -41,11 +44,74 @@ def stands(check, cfg):
     return [(line.status, line.what) for line in check(cfg)]
 
 
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Puts an `nvidia-smi` that prints `text` in front of the PATH."""
+
+    def install(text: str, code: int = 0) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\nprintf '{text}'\nexit {code}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return install
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-def test_a_gpu_config_without_a_gpu_fails_with_a_cure():
+def test_a_gpu_config_without_a_gpu_fails_with_the_fix(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
     (line,) = gpu(load_config(A100, may_lack_gpu=True))
     assert (line.status, line.what) == (FAIL, "GPU")
+    assert "no NVIDIA driver" in line.finding
     assert "nvidia-smi" in line.fix
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+@pytest.mark.parametrize(
+    ("cuda", "finding", "fix"),
+    [
+        ("13.0", "driver 570.86.15 is too old for CUDA 13.0", "driver of 580 or newer"),
+        ("12.6", "torch sees none, with driver 570.86.15 and CUDA 12.6", "CUDA_VISIBLE_DEVICES"),
+        (None, "this torch is built for the CPU", "scripts/setup.sh"),
+    ],
+)
+def test_the_driver_is_held_against_the_cuda_of_torch(nvidia_smi, monkeypatch, cuda, finding, fix):
+    nvidia_smi("570.86.15\\n570.86.15\\n")  # a line a GPU
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    (line,) = gpu(load_config(A100, may_lack_gpu=True))
+    assert line.status == FAIL
+    assert finding in line.finding and fix in line.fix
+
+
+def test_a_driver_that_does_not_answer_is_none(nvidia_smi):
+    nvidia_smi("NVIDIA-SMI has failed", code=9)
+    assert driver_version() is None
+
+
+def test_several_gpus_want_several_processes():
+    (line,) = several_gpus(count=2, processes=1)
+    assert line.status == FAIL
+    assert "CUDA_VISIBLE_DEVICES=0" in line.fix and "accelerate launch" in line.fix
+    assert list(several_gpus(2, 2)) == list(several_gpus(1, 1)) == []
+
+
+def test_triton_needs_a_compiler_and_pythons_headers(tmp_path, monkeypatch, tiny_cfg):
+    cfg = load_config(A100, may_lack_gpu=True)
+    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (line,) = triton(cfg)
+    assert line.status == WARN
+    assert line.finding.startswith("Python.h missing")
+    assert "gcc libc6-dev python3-dev" in line.fix
+    (tmp_path / "Python.h").write_text("")
+    assert list(triton(cfg)) == []
+    monkeypatch.setenv("PATH", "/nonexistent")
+    (line,) = triton(cfg)
+    assert line.finding.startswith("a C compiler missing")
+    assert list(triton(tiny_cfg(use_cpu=True))) == []
 
 
 def test_the_default_config_asks_for_no_gpu(tiny_cfg):
@@ -53,18 +119,23 @@ def test_the_default_config_asks_for_no_gpu(tiny_cfg):
 
 
 def test_memory_and_disk_are_held_against_the_plan(tiny_cfg, monkeypatch):
-    assert stands(memory, tiny_cfg(use_cpu=True)) == [
-        (OK, "memory"),
-        (OK, "disk for the model"),
-        (OK, "disk for the run"),
-    ]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tiny_cfg().run_dir.parent))
+    assert stands(memory, tiny_cfg(use_cpu=True)) == [(OK, "memory"), (OK, "disk")]
     big = tiny_cfg(use_cpu=True, max_length=60_000, per_device_train_batch_size=512)
     first, *_ = memory(big)
     assert (first.status, first.what) == (FAIL, "memory")
     assert "scripts.plan" in first.fix
     full = type("usage", (), {"free": 10})
     monkeypatch.setattr("shutil.disk_usage", lambda path: full)
-    assert [line.status for line in memory(tiny_cfg(use_cpu=True))][1:] == [FAIL, FAIL]
+    assert [line.status for line in memory(tiny_cfg(use_cpu=True))][1:] == [FAIL]
+
+
+def test_checkpoints_are_part_of_the_disk_that_a_run_needs():
+    """Rank 416: 1.09 B parameters of 4 bytes and two moments of 4 are 12.2 GB, three times."""
+    *_, disk = memory(load_config("configs/llama3-8b-a100-rank416.yaml", may_lack_gpu=True))
+    assert "checkpoints 36.6" in disk.finding and "adapter 4.1" in disk.finding
+    *_, disk = memory(load_config("configs/llama3-8b-a100-short.yaml", may_lack_gpu=True))
+    assert "checkpoints" not in disk.finding
 
 
 def test_packages_are_held_against_the_pins(tiny_cfg, monkeypatch):

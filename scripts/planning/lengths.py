@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from scripts.cli import RecipeError
 from scripts.config import Config
+
+
+class Lengths(NamedTuple):
+    """Tokens of a pair's prompt, chosen and rejected."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
 
 
 def parse_case(case: str) -> tuple[int, int, int, int]:
@@ -26,8 +39,8 @@ def lengths_of(batch: dict) -> np.ndarray:
     return np.stack([(whole - answers)[:half], answers[:half], answers[half:]], axis=1)
 
 
-def worst_lengths(cfg: Config) -> tuple[int, int, int]:
-    """Tokens of prompt, chosen and rejected of a pair that fills `max_length`: a quarter prompt."""
+def worst_lengths(cfg: Config) -> Lengths:
+    """A pair that fills `max_length`, a quarter of it by the prompt."""
     length = cfg.dpo.max_length or 1024
     prompt = max(1, length // 4)
-    return prompt, length - prompt, length - prompt
+    return Lengths(prompt, length - prompt, length - prompt)

@@ -15,29 +15,38 @@ from trl import get_peft_config
 
 from scripts.cli import ROOT, RecipeError
 from scripts.config import Config
+from scripts.planning.optimisers import PAGED_FROM, is_paged, state_bytes
 from scripts.sharing.attention import BLOCK
 from scripts.sharing.head import CACHED, CHUNK
 
 GB = 1024**3
-# Bytes an optimiser keeps for each trained parameter: two moments, in the parameter's own type
-# (0 here) unless it says otherwise.
-MOMENTS = {"paged_adamw_32bit": 8, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
+# Outside what torch counts on a GPU: `nvidia-smi` shows both, `max_memory_allocated` neither.
+PAGED = "optimiser, paged"
+OUTSIDE_TORCH = ("runtime", PAGED)
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the memory of a step follows from."""
+class ModelSizes:
+    """What the memory of a run follows from: parameters and widths of model and adapter."""
 
-    quantized: int  # parameters of the linear layers of all blocks
+    linear: int  # parameters of the linear layers of all blocks, which 4 bits are for
     other: int  # embeddings, norms and head
-    lora: int
-    lora_rank: int
+    trained: int  # of the adapter; of everything where there is none
+    trained_large: int  # of these, in tensors that a paged optimiser pages
+    trained_sides: int  # rows and columns of all trained matrices
+    rank: int  # of the adapter; 0 where there is none
     width: int
-    inner: int  # heads x head size
-    ffn: int
+    attention_width: int  # heads x head size
+    key_width: int  # key-value heads x head size
+    mlp_width: int
     layers: int
     heads: int
     vocabulary: int
+
+    @property
+    def base(self) -> int:
+        """Parameters without the adapter."""
+        return self.linear + self.other
 
 
 def architecture(cfg: Config) -> PretrainedConfig:
@@ -58,7 +67,7 @@ def architecture(cfg: Config) -> PretrainedConfig:
         raise RecipeError(f"no architecture of {name}: {reason}") from None
 
 
-def shape(cfg: Config, config: PretrainedConfig | None = None) -> Shape:
+def model_sizes(cfg: Config, config: PretrainedConfig | None = None) -> ModelSizes:
     """Count the parameters on the meta device, with and without the adapter."""
     config = config or architecture(cfg)
     lora: PeftConfig | None = get_peft_config(cfg.model)
@@ -70,43 +79,79 @@ def shape(cfg: Config, config: PretrainedConfig | None = None) -> Shape:
             m.weight.numel() for m in model.modules()
             if isinstance(m, torch.nn.Linear) and m is not head
         )  # fmt: skip
-        trained = get_peft_model(model, lora).get_nb_trainable_parameters()[0] if lora else total
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shape(
-        linear, total - linear, trained, lora.r if lora else 0, config.hidden_size,
-        size * config.num_attention_heads, config.intermediate_size, config.num_hidden_layers,
-        config.num_attention_heads, config.vocab_size,
-    )  # fmt: skip
+        model = get_peft_model(model, lora) if lora else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    return ModelSizes(
+        linear=linear,
+        other=total - linear,
+        trained=sum(p.numel() for p in trained),
+        trained_large=sum(p.numel() for p in trained if p.numel() >= PAGED_FROM),
+        trained_sides=sum(sum(p.shape) for p in trained),
+        rank=lora.r if lora else 0,
+        width=config.hidden_size,
+        attention_width=head_size * config.num_attention_heads,
+        key_width=head_size
+        * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        mlp_width=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+    )
 
 
-def stored(cfg: Config, s: Shape) -> dict[str, float]:
-    """Bytes of what stays in memory all through training."""
-    word = 4 if str(cfg.model.dtype) in ("float32", "torch.float32") else 2
+def weight_bytes(cfg: Config) -> int:
+    """Bytes of a weight that is not in 4 bits."""
+    return 4 if str(cfg.model.dtype) in ("float32", "torch.float32") else 2
+
+
+def checkpointing(cfg: Config) -> bool:
+    """Whether the activations of all layers but one are computed anew in the backward pass."""
+    return bool(cfg.dpo.activation_checkpointing or cfg.dpo.gradient_checkpointing)
+
+
+def stored(cfg: Config, sizes: ModelSizes, cuda: bool = True) -> dict[str, float]:
+    """Bytes of what stays in memory all through training.
+
+    The adapter is trained in float32, and so are its gradients and moments. Without an adapter the
+    weights themselves are trained, and TRL holds a second copy of them as the reference. A paged
+    optimiser pages large tensors only, and nothing on a CPU.
+    """
+    word = weight_bytes(cfg)
     if cfg.model.load_in_4bit:
         # Half a byte a weight; a scale for every 64: 4 bytes, or 1 and 4 more for every 256 scales.
-        scales = s.quantized / 64
+        scales = sizes.linear / 64
         constants = scales * (1 + 4 / 256) if cfg.model.use_bnb_nested_quant else scales * 4
-        linear, trained = s.quantized / 2 + constants, 2  # TRL casts the adapter to bfloat16
+        linear = sizes.linear / 2 + constants
     else:
-        linear, trained = s.quantized * word, 4  # PEFT keeps it in float32
-    moments = MOMENTS.get(str(getattr(cfg.dpo.optim, "value", cfg.dpo.optim)), 2 * trained)
+        linear = sizes.linear * word
+    trained_word = 4 if sizes.rank else word
+    state = state_bytes(cfg.dpo.optim, sizes.trained, sizes.trained_sides) * trained_word / 4
+    paged = is_paged(cfg.dpo.optim) and cuda and sizes.trained > 0
+    paged_state = state * sizes.trained_large / sizes.trained if paged else 0
     return {
         "linear layers": linear,
-        "embeddings, norms, head": s.other * word,
-        "adapter": s.lora * trained,
-        "gradients": s.lora * trained,
-        "optimiser": s.lora * moments,
+        "embeddings, norms, head": sizes.other * word,
+        "adapter": sizes.trained * trained_word if sizes.rank else 0,
+        "reference model": 0 if sizes.rank else sizes.base * word,
+        "gradients": sizes.trained * trained_word,
+        "optimiser": state - paged_state,
+        PAGED: paged_state,
     }
 
 
-def attention_bytes(s: Shape, lengths: tuple[int, int, int], pairs: int, cuda: bool) -> float:
+def attention_bytes(
+    sizes: ModelSizes, lengths: tuple[int, int, int], pairs: int, cuda: bool
+) -> float:
     """Bytes that the attention of one layer keeps for its backward, besides queries and the like.
 
     On a CPU the probabilities, 2 bytes for each head, query and key in blocks of `BLOCK` queries,
     and the keys and values that chosen and rejected share, written out again for rejected.
     """
     prompt, chosen, rejected = lengths
-    shared = 2 * 2 * s.inner * (prompt + rejected)
+    shared = 2 * 2 * sizes.attention_width * (prompt + rejected)
     if cuda:
         return pairs * shared
     seen = 0
@@ -114,52 +159,116 @@ def attention_bytes(s: Shape, lengths: tuple[int, int, int], pairs: int, cuda: b
         for start in range(0, queries, BLOCK):
             size = min(BLOCK, queries - start)
             seen += size * (keys - queries + start + size)
-    return pairs * (2 * s.heads * seen + shared)
+    return pairs * (2 * sizes.heads * seen + shared)
 
 
-def layer_bytes(s: Shape) -> float:
+def layer_bytes(sizes: ModelSizes) -> float:
     """Bytes a token leaves in one layer for the backward pass, in 16 bits, attention's aside.
 
     Two norms keep their input in float32 (8 d) and their result as the adapters' input (4 d);
     queries, keys and values after rotation, one head's width each (6 i); the attention's result
     (2 i); gate, its activation, up and their product (8 f); the adapters' narrow activations.
     """
-    return 12 * s.width + 8 * s.inner + 8 * s.ffn + 14 * s.lora_rank
+    return (
+        12 * sizes.width + 8 * sizes.attention_width + 8 * sizes.mlp_width + 14 * sizes.rank
+    )  # fmt: skip
+
+
+def passing_bytes(sizes: ModelSizes, tokens: int) -> float:
+    """Bytes of one layer at a time while `tokens` go through it: its activations, and one of its
+    matrices in 16 bits."""
+    matrix = 2 * sizes.width * sizes.mlp_width
+    return tokens * (3 * 2 * sizes.mlp_width + 4 * 2 * sizes.width) + matrix
+
+
+def row_tokens(cfg: Config, lengths: tuple[int, int, int], pairs: int) -> tuple[int, int]:
+    """Tokens that the model, and that the head, goes through for `pairs` pairs of `lengths`."""
+    prompt, chosen, rejected = lengths
+    if cfg.recipe.prefix_sharing:
+        return pairs * (prompt + chosen + rejected), pairs * (chosen + rejected)
+    both = 2 * pairs * (prompt + max(chosen, rejected))  # two rows a pair, padded to the longest
+    return both, both
+
+
+def head_bytes(sizes: ModelSizes, answers: int) -> float:
+    """Bytes of the logits that exist at once, and of what the head keeps for `answers` tokens."""
+    return 2 * CHUNK + 3 * 4 * CACHED + 3 * 2 * sizes.width * answers
+
+
+def cache_bytes(sizes: ModelSizes, sequences: int, tokens: int, word: int) -> float:
+    """Bytes of the keys and values of `sequences` of `tokens` each, in `word` bytes a number.
+
+    The cache grows by copying one layer's keys or values, so that one of them is there twice.
+    """
+    return sequences * tokens * sizes.key_width * word * (2 * sizes.layers + 1)
+
+
+def merged_bytes(cfg: Config, sizes: ModelSizes) -> int:
+    """Bytes of the merged model, in memory and on disk."""
+    return (4 if cfg.recipe.merge_dtype == "float32" else 2) * sizes.base
 
 
 def phases(
-    cfg: Config, s: Shape, lengths: tuple[int, int, int], cuda: bool, runtime: float
+    cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int], cuda: bool, runtime: float
 ) -> dict[str, dict[str, float]]:
-    """Bytes by phase of a run and by part: load, reference pass, step, merge.
+    """Bytes by phase of a run and by part: load, reference pass, step, evaluate, merge.
 
-    `runtime` is what is there before the model: the CUDA context, or the process with its imports.
+    `lengths` are the tokens of prompt, chosen and rejected of each pair; `runtime` is what is there
+    before the model: the CUDA context, or the process with its imports.
     """
-    kept, pairs = stored(cfg, s), cfg.dpo.per_device_train_batch_size
-    prompt, chosen, rejected = lengths
-    tokens, answers = pairs * (prompt + chosen + rejected), pairs * (chosen + rejected)
-    if not cfg.recipe.prefix_sharing:  # two rows a pair, each padded to the longest
-        tokens = answers = 2 * pairs * (prompt + max(chosen, rejected))
-    head = 2 * CHUNK + 3 * 4 * CACHED + 3 * 2 * s.width * answers
-    dense = 2 * s.width * s.ffn  # one matrix of a layer, dequantized
-    passing = tokens * (3 * 2 * s.ffn + 4 * 2 * s.width) + dense  # of one layer at a time
-    sixteen = 2 * (s.quantized + s.other)
+    kept = stored(cfg, sizes, cuda)
     # On a CPU the pages of the file that the weights were read from count as the process's own; the
     # system takes them back when it needs them.
-    file = {} if cuda else {"model file, mapped": sixteen}
-    weights = {k: kept[k] for k in ("linear layers", "embeddings, norms, head")} | file
-    layer = tokens * layer_bytes(s) + attention_bytes(s, lengths, pairs, cuda)
-    if cfg.dpo.activation_checkpointing or cfg.dpo.gradient_checkpointing:
-        activations = s.layers * tokens * 2 * s.width + layer
-    else:
-        activations = s.layers * layer
+    file = {} if cuda else {"model file, mapped": 2 * sizes.base}
+    resident = ("linear layers", "embeddings, norms, head", "reference model")
+    weights = {k: kept[k] for k in resident} | file
+    optimiser = {k: kept[k] for k in ("optimiser", PAGED)}
+    tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
+    head, passing = head_bytes(sizes, answers), passing_bytes(sizes, tokens)
     return {
-        "load": {"runtime": runtime, **weights, "on the way": 4 * s.vocabulary * s.width},
+        "load": {"runtime": runtime, **weights, "on the way": 4 * sizes.vocabulary * sizes.width},
         "reference": {"runtime": runtime, **weights, "adapter": kept["adapter"],
                       "activations": passing, "logits chunk": head},
-        "step": {"runtime": runtime, **kept, **file, "activations": activations,
+        "step": {"runtime": runtime, **kept, **file,
+                 "activations": _step_activations(cfg, sizes, lengths, cuda),
                  "passing": passing, "logits chunk": head},
-        "merge": {"runtime": runtime, "16-bit model": sixteen, "adapter": 2 * kept["adapter"]},
+        "evaluate": {"runtime": runtime, **weights, "adapter": kept["adapter"], **optimiser,
+                     **_evaluation(cfg, sizes, lengths)},
+        # PEFT reads the adapter's file onto the device before it fills the adapter.
+        "merge": {"runtime": runtime, "merged model": merged_bytes(cfg, sizes),
+                  "adapter": 2 * kept["adapter"]},
     }  # fmt: skip
+
+
+def _step_activations(
+    cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int], cuda: bool
+) -> float:
+    """Bytes that the forward pass of a step keeps for its backward, and autocast's copy of the
+    adapter in 16 bits."""
+    pairs = cfg.dpo.per_device_train_batch_size
+    tokens, _ = row_tokens(cfg, lengths, pairs)
+    layer = tokens * layer_bytes(sizes) + attention_bytes(sizes, lengths, pairs, cuda)
+    copy = 2 * sizes.trained if sizes.rank and (cfg.dpo.bf16 or cfg.dpo.fp16) else 0
+    if checkpointing(cfg):
+        return sizes.layers * tokens * 2 * sizes.width + layer + copy
+    return sizes.layers * layer + copy
+
+
+def _evaluation(cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int]) -> dict[str, float]:
+    """Bytes that evaluating takes besides what is stored: replies are generated, pairs scored.
+
+    Both go one after the other, so that the larger counts. Generating takes the logits of the last
+    token only, once more in float32, and writes `max_new_tokens` after each prompt.
+    """
+    replies, word = cfg.recipe.generation_batch_size, weight_bytes(cfg)
+    tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_eval_batch_size)
+    generating = passing_bytes(sizes, replies * lengths[0])
+    last = replies * sizes.vocabulary * (word + 4)
+    return {
+        "KV cache": cache_bytes(sizes, replies, lengths[0] + cfg.recipe.max_new_tokens, word),
+        "activations": max(generating, passing_bytes(sizes, tokens)),
+        "logits chunk": max(last, head_bytes(sizes, answers)),
+    }
 
 
 def peak(parts: dict[str, float]) -> float:

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from scripts.config import load_config
 from scripts.model import load_tokenizer, resolve_model
 from scripts.monitoring.memory import MemoryMonitor
 from scripts.planning.lengths import worst_lengths
-from scripts.planning.memory import peak, phases, process_gb, shape
+from scripts.planning.memory import GB, model_sizes, peak, phases, process_gb
 from scripts.planning.trial import trial_trainer
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"
@@ -57,44 +58,71 @@ def settings(model: str, rank: int, length: int) -> dict:
     }  # fmt: skip
 
 
-def measure(values: dict) -> float:
-    """Train two steps in this process; the most resident memory while they ran, in GB."""
+def measure(values: dict) -> dict[str, float]:
+    """Train two steps in this process.
+
+    Returns:
+        GB of resident memory: `runtime`, before anything is loaded, and `peak`, the most while they
+        ran.
+    """
     cfg = load_config(CONFIG, values)
+    runtime = process_gb()
     trainer = trial_trainer(cfg, worst_lengths(cfg), 2 * PAIRS)
     monitor = MemoryMonitor(interval=0.02)
     monitor.phase("step")
     trainer.train()
     monitor.stop()
-    return float(monitor.table().loc["step", "peak GB"])
+    return {"runtime": runtime, "peak": float(monitor.table().loc["step", "peak GB"])}
 
 
-def compare() -> pd.DataFrame:
-    """Both numbers for every configuration, in GB, and how far the prediction is off."""
+def in_a_process(values: dict) -> dict[str, float]:
+    """`measure(values)` in a process of its own.
+
+    Raises:
+        PlanError: it failed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.planning.validate", json.dumps(values)],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise PlanError(f"measuring failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(
+    models: dict[str, str], ranks: Sequence[int] = RANKS, lengths: Sequence[int] = LENGTHS
+) -> pd.DataFrame:
+    """Predicted and measured GB for every model (name: folder), rank and length."""
     rows = {}
-    small, _ = resolve_model(load_config(CONFIG).model.model_name_or_path)
-    with tempfile.TemporaryDirectory() as folder:
-        wide = str(other_model(Path(folder), load_tokenizer(small)))
-        models = {"SmolLM2-135M": small, "12 x 1024": wide}
-        runtime = process_gb() * 1024**3
-        for (name, model), rank, length in product(models.items(), RANKS, LENGTHS):
-            values = settings(model, rank, length)
-            cfg = load_config(CONFIG, values)
-            step = phases(cfg, shape(cfg), worst_lengths(cfg), False, runtime)["step"]
-            done = subprocess.run(
-                [sys.executable, "-m", "scripts.planning.validate", json.dumps(values)],
-                cwd=ROOT, capture_output=True, text=True,
-            )  # fmt: skip
-            if done.returncode:
-                raise PlanError(f"measuring failed: {done.stderr.strip().splitlines()[-1]}")
-            measured = float(done.stdout.strip().splitlines()[-1])
-            off = peak(step) / measured - 1
-            rows[f"{name}, rank {rank}, {length} tokens"] = {
-                "predicted GB": round(peak(step), 2), "measured GB": measured, "off": f"{off:+.0%}",
-                "activations GB": round(step["activations"] / 1024**3, 2),
-            }  # fmt: skip
-            print(f"{name}, rank {rank}, {length} tokens: predicted {peak(step):.2f}, "
-                  f"measured {measured:.2f} GB ({off:+.1%})", flush=True)  # fmt: skip
-    return pd.DataFrame(rows).T
+    for (name, folder), rank, length in product(models.items(), ranks, lengths):
+        values = settings(folder, rank, length)
+        cfg = load_config(CONFIG, values)
+        measured = in_a_process(values)
+        runtime = measured["runtime"] * GB
+        step = phases(cfg, model_sizes(cfg), worst_lengths(cfg), False, runtime)["step"]
+        off = peak(step) / measured["peak"] - 1
+        case = f"{name}, rank {rank}, {length} tokens"
+        rows[case] = {
+            "predicted GB": peak(step), "measured GB": measured["peak"], "off": off,
+            "activations GB": step["activations"] / GB,
+        }  # fmt: skip
+        numbers = f"predicted {peak(step):.2f}, measured {measured['peak']:.2f} GB ({off:+.1%})"
+        print(f"{case}: {numbers}", flush=True)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def judge(table: pd.DataFrame) -> float:
+    """How far the furthest prediction of `compare` is off, as a share.
+
+    Raises:
+        PlanError: it is more than `ALLOWED`.
+    """
+    case = table["off"].abs().idxmax()
+    worst = abs(table.loc[case, "off"])
+    if worst > ALLOWED:
+        raise PlanError(f"{case}: off by {worst:.0%}, more than {ALLOWED:.0%}")
+    return worst
 
 
 def validate() -> None:
@@ -103,14 +131,14 @@ def validate() -> None:
     Raises:
         PlanError: one is further off than `ALLOWED`.
     """
-    table = compare()
-    print(f"\n{torch.get_num_threads()} CPU threads, {PAIRS} pairs at a time\n{table.to_string()}")
-    ratio = table["predicted GB"].astype(float) / table["measured GB"].astype(float)
-    worst = (ratio - 1).abs().max()
-    print(f"furthest off: {worst:.0%}")
-    if worst > ALLOWED:
-        raise PlanError(f"a prediction is off by {worst:.0%}, more than {ALLOWED:.0%}")
+    small, _ = resolve_model(load_config(CONFIG).model.model_name_or_path)
+    with tempfile.TemporaryDirectory() as folder:
+        wide = str(other_model(Path(folder), load_tokenizer(small)))
+        table = compare({"SmolLM2-135M": small, "12 x 1024": wide})
+    shown = table.round(2).assign(off=table["off"].map("{:+.0%}".format))
+    print(f"\n{torch.get_num_threads()} CPU threads, {PAIRS} pairs at a time\n{shown.to_string()}")
+    print(f"furthest off: {judge(table):.0%}")
 
 
 if __name__ == "__main__":  # one measurement, in a process of its own
-    print(measure(json.loads(sys.argv[1])))
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -4,47 +4,66 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.plots.style import ACCENT, NEUTRAL, STYLE
 
 
 def benchmark(results: dict) -> Figure:
-    """Speed and peak memory of both trainers by case, and how the time of a pair grows."""
-    names = {"trl": ("TRL's trainer", NEUTRAL), "shared": ("prefix sharing", ACCENT)}
+    """Speed and peak memory of both trainers by case, and how the time of a pair grows.
+
+    `results` is what `scripts.benchmark` writes as `benchmark.json`. Bars are medians of all
+    measured steps, the lines at their ends reach from the slowest to the fastest.
+    """
     growth = results["growth"]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, 2 + len(growth), figsize=(6.4 + 3 * len(growth), 3.6), width_ratios=[2, 2]
             + [1.3] * len(growth), layout="constrained",
         )  # fmt: skip
-        cases = list(results["cases"])
-        for axis, key, title in (
-            (axes[0], "pairs_per_second", "pairs a second"),
-            (axes[1], "peak_gb", "peak memory (GB)"),
-        ):
-            for shift, (name, (label, colour)) in zip((-0.2, 0.2), names.items(), strict=True):
-                values = [
-                    np.median([r[key] for r in results["cases"][c][name] if "error" not in r] or 0)
-                    for c in cases
-                ]
-                bars = axis.barh(np.arange(len(cases)) + shift, values, 0.38, color=colour)
-                axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-                bars.set_label(label)
-            axis.set_yticks(range(len(cases)), cases if axis is axes[0] else [""] * len(cases))
-            axis.invert_yaxis()
-            axis.margins(x=0.12)
-            axis.set_title(title, loc="left")
-            axis.grid(axis="y", visible=False)
+        _draw_bars(axes[0], results["cases"], "rates", "pairs a second")
+        _draw_bars(axes[1], results["cases"], "peak_gb", "peak memory (GB)")
+        axes[1].set_yticklabels([])
         handles, labels = axes[1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        for axis, (what, found) in zip(axes[2:], growth.items(), strict=True):
-            for name, (_, colour) in names.items():
-                runs = {c: r[name][0] for c, r in found.items() if "error" not in r[name][0]}
-                sizes = [c.split("/")[0] if what == "prompt" else c.split("x")[1] for c in runs]
-                times = [1 / run["pairs_per_second"] for run in runs.values()]
-                axis.plot([int(size) for size in sizes], times, "o-", color=colour, ms=4)
-            axis.set_title("seconds a pair", loc="left")
-            axis.set_xlabel("tokens of the prompt" if what == "prompt" else "pairs at a time")
-            axis.set_ylim(bottom=0)
+        for axis, (what, cases) in zip(axes[2:], growth.items(), strict=True):
+            _draw_growth(axis, cases, what)
     return figure
+
+
+TRAINERS = {
+    "trl": ("TRL's trainer, its fastest attention", NEUTRAL),
+    "shared": ("prefix sharing", ACCENT),
+}
+
+
+def _draw_bars(axis: Axes, cases: dict, key: str, title: str) -> None:
+    """Two bars a case: the medians of `key`, with lines from the lowest to the highest."""
+    for shift, (name, (label, colour)) in zip((-0.2, 0.2), TRAINERS.items(), strict=True):
+        # A trainer that failed in every process has an empty bar.
+        values = [np.hstack([r[key] for r in c[name] if key in r] or [0]) for c in cases.values()]
+        middle = np.array([np.median(v) for v in values])
+        reach = [middle - [v.min() for v in values], [v.max() for v in values] - middle]
+        bars = axis.barh(
+            np.arange(len(cases)) + shift, middle, 0.38, color=colour, label=label, xerr=reach,
+            error_kw={"lw": 0.8, "ecolor": "0.25"},
+        )  # fmt: skip
+        axis.bar_label(bars, [f"{v:.1f}" for v in middle], padding=3, fontsize=7)
+    axis.set_yticks(range(len(cases)), list(cases))
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_title(title, loc="left")
+    axis.grid(axis="y", visible=False)
+
+
+def _draw_growth(axis: Axes, cases: dict, what: str) -> None:
+    """Seconds a pair of both trainers over the size of the case."""
+    for name, (_, colour) in TRAINERS.items():
+        rates = {c: r[name][0]["pairs_per_second"] for c, r in cases.items()
+                 if "error" not in r[name][0]}  # fmt: skip
+        sizes = [int(c.split("/")[0] if what == "prompt" else c.split("x")[1]) for c in rates]
+        axis.plot(sizes, [1 / rate for rate in rates.values()], "o-", color=colour, ms=4)
+    axis.set_title("seconds a pair", loc="left")
+    axis.set_xlabel("tokens of the prompt" if what == "prompt" else "pairs at a time")
+    axis.set_ylim(bottom=0)

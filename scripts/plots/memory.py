@@ -9,16 +9,23 @@ from matplotlib.figure import Figure
 
 from scripts.plots.style import ACCENT, NEUTRAL, REJECTED, STYLE
 
+# As `planning.memory.OUTSIDE_TORCH` has them; plots come before planning.
+OUTSIDE_TORCH = ("runtime", "optimiser, paged")
+
 
 def plan_memory(planned: pd.DataFrame) -> Figure:
-    """What `plan.memory_table` foretells: a bar a phase, in GB, stacked by part."""
+    """What `planning.hardware.memory_table` foretells: a bar a phase, in GB, stacked by part.
+
+    Hatched parts are outside what torch counts on a GPU: `runtime`, and paged optimiser state.
+    """
     parts = planned.drop("peak")
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(9, 2.6))
         left = np.zeros(len(parts.columns))
         for part, colour in zip(parts.index, plt.get_cmap("tab20").colors, strict=False):
             size = parts.loc[part].fillna(0).to_numpy()
-            axis.barh(parts.columns, size, 0.62, left=left, color=colour, label=part)
+            hatch = "////" if part in OUTSIDE_TORCH else None
+            axis.barh(parts.columns, size, 0.62, left=left, color=colour, label=part, hatch=hatch)
             left += size
         for y, total in enumerate(left):
             axis.text(total, y, f" {total:.1f}", va="center", fontsize=8)
