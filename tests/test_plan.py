@@ -152,11 +152,11 @@ def saved_bytes(tiny_run, tmp_path, layers: int) -> float:
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-        )  # fmt: skip
+        )
     )
     folder = tmp_path / str(layers)
     model.save_pretrained(folder)
-    trainer, cfg = tiny_run(
+    trainer, _ = tiny_run(
         model_name_or_path=str(folder), load_in_4bit=True, dtype="bfloat16", bf16=True,
         max_length=1024,
     )  # fmt: skip
