@@ -142,18 +142,14 @@ def stored(cfg: Config, sizes: ModelSizes, cuda: bool = True) -> dict[str, float
     }
 
 
-def attention_bytes(
-    sizes: ModelSizes, lengths: tuple[int, int, int], pairs: int, cuda: bool
-) -> float:
-    """Bytes that the attention of one layer keeps for its backward, besides queries and the like.
+def attention_bytes(sizes: ModelSizes, lengths: tuple[int, int, int], pairs: int) -> float:
+    """Bytes that a layer's attention keeps on a CPU for its backward, besides queries and the like.
 
-    On a CPU the probabilities, 2 bytes for each head, query and key in blocks of `BLOCK` queries,
-    and the keys and values that chosen and rejected share, written out again for rejected.
+    The probabilities, 2 bytes for each head, query and key in blocks of `BLOCK` queries, and the
+    keys and values that chosen and rejected share, written out again for rejected.
     """
     prompt, chosen, rejected = lengths
     shared = 2 * 2 * sizes.attention_width * (prompt + rejected)
-    if cuda:
-        return pairs * shared
     seen = 0
     for queries, keys in ((prompt + chosen, prompt + chosen), (rejected, prompt + rejected)):
         for start in range(0, queries, BLOCK):
@@ -165,13 +161,51 @@ def attention_bytes(
 def layer_bytes(sizes: ModelSizes) -> float:
     """Bytes a token leaves in one layer for the backward pass, in 16 bits, attention's aside.
 
-    Two norms keep their input in float32 (8 d) and their result as the adapters' input (4 d);
-    queries, keys and values after rotation, one head's width each (6 i); the attention's result
-    (2 i); gate, its activation, up and their product (8 f); the adapters' narrow activations.
+    Two norms keep their input in float32 (8 d) and their result as the adapters' input (4 d); gate,
+    its activation, up and their product (8 f); the adapters' narrow activations.
     """
-    return (
-        12 * sizes.width + 8 * sizes.attention_width + 8 * sizes.mlp_width + 14 * sizes.rank
-    )  # fmt: skip
+    return 12 * sizes.width + 8 * sizes.mlp_width + 14 * sizes.rank
+
+
+def kept_by_a_layer(
+    cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int], cuda: bool
+) -> float:
+    """Bytes that one layer's forward pass keeps for its backward, for a micro-batch."""
+    pairs = cfg.dpo.per_device_train_batch_size
+    tokens, _ = row_tokens(cfg, lengths, pairs)
+    inner, keys = sizes.attention_width, sizes.key_width
+    kept = tokens * layer_bytes(sizes)
+    if not cuda:  # every query, key and value head after rotation, and the result
+        return kept + tokens * 8 * inner + attention_bytes(sizes, lengths, pairs)
+    if not cfg.recipe.prefix_sharing:
+        return kept + tokens * 8 * inner
+    # Queries before and after rotation and the result; keys and values, which are fewer; and those
+    # of the prompt and of rejected once more, side by side.
+    return kept + tokens * (6 * inner + 4 * keys) + pairs * 4 * keys * (lengths[0] + lengths[2])
+
+
+@dataclass(frozen=True)
+class GpuPass:
+    """Bytes in the air at the peaks of a pass on a GPU, which is in one layer at a time."""
+
+    forward: float  # the feed-forward's intermediate results, and a matrix in 16 bits
+    backward: float
+
+
+def gpu_pass(cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int]) -> GpuPass:
+    """What a micro-batch has in the air on a GPU, as the simulated runs show it.
+
+    The head comes after the last layer, when nothing else is in the air: its tiles (4,096 tokens
+    by 8,192 words in float32, twice) and hidden states count only where they are the larger.
+    """
+    tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
+    width, mlp = sizes.width, sizes.mlp_width
+    widest = max(2 * mlp * tokens, 2 * width * mlp)
+    head = min(answers, 4096) * 65_536 + 8 * width * answers
+    backward = max(tokens * (2 * mlp + 2 * width) + widest, head)
+    if not checkpointing(cfg):
+        backward = max(backward, 20 * width * tokens)  # the last norm's
+    return GpuPass(tokens * (4 * mlp + 8 * width) + widest, backward)
 
 
 def passing_bytes(sizes: ModelSizes, tokens: int) -> float:
@@ -223,15 +257,10 @@ def phases(
     resident = ("linear layers", "embeddings, norms, head", "reference model")
     weights = {k: kept[k] for k in resident} | file
     optimiser = {k: kept[k] for k in ("optimiser", PAGED)}
-    tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
-    head, passing = head_bytes(sizes, answers), passing_bytes(sizes, tokens)
     return {
         "load": {"runtime": runtime, **weights, "on the way": 4 * sizes.vocabulary * sizes.width},
-        "reference": {"runtime": runtime, **weights, "adapter": kept["adapter"],
-                      "activations": passing, "logits chunk": head},
-        "step": {"runtime": runtime, **kept, **file,
-                 "activations": _step_activations(cfg, sizes, lengths, cuda),
-                 "passing": passing, "logits chunk": head},
+        "reference": {"runtime": runtime, **weights, **_reference(cfg, sizes, lengths, cuda)},
+        "step": {"runtime": runtime, **kept, **file, **_step(cfg, sizes, lengths, cuda)},
         "evaluate": {"runtime": runtime, **weights, "adapter": kept["adapter"], **optimiser,
                      **_evaluation(cfg, sizes, lengths)},
         # PEFT reads the adapter's file onto the device before it fills the adapter.
@@ -240,18 +269,46 @@ def phases(
     }  # fmt: skip
 
 
-def _step_activations(
+def _copies(cfg: Config, sizes: ModelSizes) -> float:
+    """Bytes of autocast's 16-bit copies of the whole adapter, which is trained in float32."""
+    return 2 * sizes.trained if sizes.rank and (cfg.dpo.bf16 or cfg.dpo.fp16) else 0
+
+
+def _step(
     cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int], cuda: bool
-) -> float:
-    """Bytes that the forward pass of a step keeps for its backward, and autocast's copy of the
-    adapter in 16 bits."""
-    pairs = cfg.dpo.per_device_train_batch_size
-    tokens, _ = row_tokens(cfg, lengths, pairs)
-    layer = tokens * layer_bytes(sizes) + attention_bytes(sizes, lengths, pairs, cuda)
-    copy = 2 * sizes.trained if sizes.rank and (cfg.dpo.bf16 or cfg.dpo.fp16) else 0
-    if checkpointing(cfg):
-        return sizes.layers * tokens * 2 * sizes.width + layer + copy
-    return sizes.layers * layer + copy
+) -> dict[str, float]:
+    """What a step takes besides what is stored: kept activations, and what is in the air."""
+    tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
+    layer = kept_by_a_layer(cfg, sizes, lengths, cuda)
+    inputs = sizes.layers * tokens * 2 * sizes.width  # of every layer
+    copies = _copies(cfg, sizes)
+    if not cuda:
+        kept = inputs + layer if checkpointing(cfg) else sizes.layers * layer
+        return {"activations": kept + copies, "passing": passing_bytes(sizes, tokens),
+                "logits chunk": head_bytes(sizes, answers)}  # fmt: skip
+    gpu = gpu_pass(cfg, sizes, lengths)
+    if not checkpointing(cfg):
+        return {"activations": sizes.layers * layer + copies, "passing": gpu.backward}
+    # Either the backward pass, in which one layer's activations are there anew, or the end of the
+    # forward pass, which has kept the copies of every A.
+    again = max(layer + gpu.backward + copies / sizes.layers, gpu.forward + copies / 2)
+    return {"activations": inputs, "passing": again}
+
+
+def _reference(
+    cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int], cuda: bool
+) -> dict[str, float]:
+    """What scoring the reference takes besides the weights, from the second micro-batch on."""
+    kept = stored(cfg, sizes, cuda)
+    tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
+    if not cuda:
+        return {"adapter": kept["adapter"], "passing": passing_bytes(sizes, tokens),
+                "logits chunk": head_bytes(sizes, answers)}  # fmt: skip
+    parts = {name: kept[name] for name in ("adapter", "gradients", "optimiser", PAGED)}
+    parts["passing"] = gpu_pass(cfg, sizes, lengths).forward
+    if not cfg.recipe.prefix_sharing:  # TRL scores it between the policy's forward and backward
+        parts["activations"] = _step(cfg, sizes, lengths, cuda)["activations"]
+    return parts
 
 
 def _evaluation(cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int]) -> dict[str, float]:
