@@ -48,9 +48,11 @@ COVERED = [name for name in FAMILIES if name not in UNBUILT and name not in NO_H
 @pytest.fixture(scope="module")
 def tokenizer():
     """A word a token."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    names = ["[unknown]", "[pad]", "[end]", *(f"w{i}" for i in range(3, WORDS))]
+    words = {name: i for i, name in enumerate(names)}
+    words = Tokenizer(models.WordLevel(words, unk_token="[unknown]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[pad]", eos_token="[end]")
 
 
 def random_rows(sizes, seed: int) -> list[list[np.ndarray]]:
@@ -62,7 +64,7 @@ def make_trainer(model, tokenizer, folder, rows=None, **settings):
     """Full fine-tuning over a stream of pairs, with a reference model of its own."""
     rows = rows or random_rows([(60, 50, 40), (20, 9, 30)], seed=0)
     rows = [
-        {name: " ".join(f"w{i}" for i in ids) for name, ids in zip(COLUMNS, row, strict=True)}
+        {name: "".join(f"w{i} " for i in ids) for name, ids in zip(COLUMNS, row, strict=True)}
         for row in rows
     ]
     settings = {
