@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,6 +37,24 @@ class PartTokens(NamedTuple):
 # How many pairs both ways are compared on, and at most how many tokens of each.
 PROOF_PAIRS = 2
 PROOF_TOKENS = PartTokens(prompt=24, answer=16)
+
+
+@contextmanager
+def checkpointing_paused(model: torch.nn.Module) -> Iterator[None]:
+    """Keep TRL from switching activation checkpointing off and on around a reference pass.
+
+    Switching it on again hooks the embeddings once more each time, and forgets or refuses
+    `every_n_layers`. Here the layers' flags alone are put down and up again, and TRL, which then
+    sees no checkpointing, has nothing to switch.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 class PrefixSharedDPOTrainer(DPOTrainer):
@@ -144,8 +163,8 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def compute_ref_log_probs(self, model, inputs):
-        """TRL's, log-probabilities only."""
-        with log_probs_only():
+        """TRL's, log-probabilities only, with activation checkpointing left as it is set up."""
+        with log_probs_only(), checkpointing_paused(self.model):
             return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
