@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -24,10 +25,13 @@ from peft import (
 )
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     TrainerCallback,
 )
 from trl import DPOTrainer
@@ -37,7 +41,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from scripts.cli import ROOT
 from scripts.model import load_tokenizer
-from scripts.sharing.attention import dense_mask
+from scripts.sharing.attention import causal_blocks, causal_fused, dense_mask
 from scripts.sharing.forward import share_prefixes
 from scripts.sharing.head import AnswerLogps
 from scripts.sharing.lora import fuse_adapter
@@ -344,7 +348,7 @@ def test_reference_logps_are_kept_and_read_again(tiny_trainer):
     assert set(kept) == set(REFERENCE)
 
 
-@pytest.mark.parametrize("changed", ["max_length", "data", "model"])
+@pytest.mark.parametrize("changed", ["max_length", "data", "model", "rope"])
 def test_reference_logps_of_something_else_are_not_taken(
     tiny_trainer, tiny_llama3, tmp_path, changed
 ):
@@ -361,8 +365,22 @@ def test_reference_logps_of_something_else_are_not_taken(
         model.save_pretrained(tmp_path / "m")
         load_tokenizer(str(tiny_llama3)).save_pretrained(tmp_path / "m")
         other = {"model_name_or_path": str(tmp_path / "m")}
+    if changed == "rope":  # the same weights, read at other positions
+        shutil.copytree(tiny_llama3, tmp_path / "m")
+        config = LlamaConfig.from_pretrained(tiny_llama3)
+        config.rope_parameters["rope_theta"] *= 50
+        config.save_pretrained(tmp_path / "m")
+        other = {"model_name_or_path": str(tmp_path / "m")}
     tiny_trainer(precompute_ref_log_probs=True, **other)
     assert len(set(reference_cache().glob("*.npz")) - before) == 2
+
+
+def test_reference_logps_are_found_again_in_another_folder(tiny_trainer, tiny_llama3, tmp_path):
+    tiny_trainer(precompute_ref_log_probs=True)
+    before = set(reference_cache().glob("*.npz"))
+    shutil.copytree(tiny_llama3, tmp_path / "m")
+    tiny_trainer(precompute_ref_log_probs=True, model_name_or_path=str(tmp_path / "m"))
+    assert set(reference_cache().glob("*.npz")) == before
 
 
 def test_training_from_kept_reference_logps_is_the_same(tiny_trainer, tmp_path):
@@ -519,6 +537,73 @@ def test_other_llama_like_models_share_as_well(trained):
     assert ("lm_head.weight" in one) == trained
     for name, gradient in one.items():
         assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_with_a_bias_gives_what_trls_gives(trained, dtype):
+    """Phi's head has a bias, which may be of another dtype than the rest, as after k-bit set-up."""
+    torch.manual_seed(0)
+    model = tiny(PhiConfig, PhiForCausalLM, bos_token_id=1, eos_token_id=2).to(dtype)
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.lm_head.bias.data = model.lm_head.bias.data.float()
+    model.lm_head.requires_grad_(trained)
+    batch = DataCollatorForPreference(pad_token_id=0)(tokens([(5, 4, 7), (3, 8, 2)], vocabulary=99))
+    batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    add_fused_lm_head(model)
+    found = []
+    for shared in (False, True):
+        if shared:
+            share_prefixes(model)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            logps = model(**batch, fused_lm_head=True).log_probs
+        logps.sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((logps.detach(), grads))
+    (stock, one), (own, two) = found
+    noise = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.allclose(own, stock, atol=noise)
+    assert one.keys() == two.keys()
+    whole = max(g.norm() for g in one.values())
+    for name, gradient in one.items():
+        assert (two[name] - gradient).norm() <= noise * max(gradient.norm(), whole), name
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["as many keys", "fewer keys"])
+@pytest.mark.parametrize("sizes", [(300, 300), (7, 290), (1, 5)], ids=str)
+def test_the_fused_attention_of_a_gpu_is_that_of_a_cpu(heads, sizes):
+    """Chosen has as many keys as queries, rejected its prompt's more: values and gradients."""
+    torch.manual_seed(0)
+    queries, keys = sizes
+    shapes = [(heads[0], queries), (heads[1], keys), (heads[1], keys)]
+    tensors = [torch.randn(1, *shape, 16, requires_grad=True) for shape in shapes]
+    weight = torch.randn(1, heads[0], queries, 16)
+    found = []
+    for attention in (causal_blocks, causal_fused):
+        out = attention(*tensors, scale=0.3)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), tensors)])
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_full_fine_tuning_shares_in_policy_and_reference(tiny_trainer):
+    """Without LoRA the reference is a second model: steps and metrics are TRL's."""
+    runs = [
+        tiny_trainer(
+            use_peft=False, prefix_sharing=shared, max_steps=3, logging_steps=1, learning_rate=1e-4
+        )
+        for shared in (False, True)
+    ]
+    assert runs[1].refusal is None
+    for trainer in runs:
+        trainer.train()
+    stock, own = ([row for row in t.state.log_history if "loss" in row] for t in runs)
+    assert len(stock) == len(own) == 3
+    for one, two in zip(stock, own, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm", "logps/rejected"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    assert stock[-1]["rewards/margins"] > 0.01  # policy and reference are two
 
 
 NF4 = {"load_in_4bit": True, "dtype": "bfloat16", "bf16": True}
