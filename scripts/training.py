@@ -16,7 +16,9 @@ import argparse
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from datasets import DatasetDict
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.notebook import NotebookProgressCallback
@@ -92,17 +94,31 @@ def build_trainer(
         eval_dataset=pairs["test"],
         peft_config=get_peft_config(cfg.model),
     )
+    keep_adapter_in_float32(trainer.model)
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(RunLog(cfg.run_dir / "metrics.jsonl"))
     return trainer
 
 
+def keep_adapter_in_float32(model: torch.nn.Module) -> None:
+    """Hold the trained parameters of a LoRA model in float32, in place.
+
+    Over a quantized model TRL makes them bfloat16, whose 8 bits round small updates of the
+    optimiser away: at a learning rate of 1e-5 most entries of A would never change. Products still
+    run in 16 bits under autocast. Call it before the optimiser is made.
+    """
+    if isinstance(model, PeftModel):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
-    hub_login(cfg.model.model_name_or_path, cfg.model.model_revision)
-    start_run(cfg)
     if cfg.is_main_process:
+        hub_login(cfg.model.model_name_or_path, cfg.model.model_revision)
+        start_run(cfg)
         print(start_wandb(cfg))
     run = assemble(cfg)
     run.trainer.train(resume_from_checkpoint=cfg.dpo.resume_from_checkpoint)

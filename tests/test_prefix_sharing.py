@@ -1,6 +1,8 @@
 """Prefix sharing equals TRL's own trainer: losses, log-probabilities, gradients, whole runs."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -8,17 +10,29 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import PAIRS, explicit, write_jsonl
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from peft import (
+    LoraConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    TrainerCallback,
 )
 from trl import DPOTrainer
 from trl.kernels import ChunkedLogProbFunction
@@ -27,7 +41,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from scripts.cli import ROOT
 from scripts.model import load_tokenizer
-from scripts.sharing.attention import dense_mask
+from scripts.sharing.attention import causal_blocks, causal_fused, dense_mask
 from scripts.sharing.forward import share_prefixes
 from scripts.sharing.head import AnswerLogps
 from scripts.sharing.lora import fuse_adapter
@@ -259,10 +273,6 @@ def test_in_nf4_and_bfloat16_the_error_is_that_of_the_format(both):
     """What 16 bits do to TRL's own numbers is the yardstick for what sharing does to them."""
     rows = tokens(SIZES[:6])
     exact, _ = both(load_in_4bit=True, dtype="float32", bf16=False)
-    for parameter in exact.model.parameters():  # TRL rounds the adapter; the yardstick must not be
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    stir(exact)
     stock, shared = both(load_in_4bit=True, dtype="bfloat16", bf16=True)
     truth = scored(exact, rows)
     errors = [], []
@@ -338,7 +348,7 @@ def test_reference_logps_are_kept_and_read_again(tiny_trainer):
     assert set(kept) == set(REFERENCE)
 
 
-@pytest.mark.parametrize("changed", ["max_length", "data", "model"])
+@pytest.mark.parametrize("changed", ["max_length", "data", "model", "rope"])
 def test_reference_logps_of_something_else_are_not_taken(
     tiny_trainer, tiny_llama3, tmp_path, changed
 ):
@@ -355,8 +365,22 @@ def test_reference_logps_of_something_else_are_not_taken(
         model.save_pretrained(tmp_path / "m")
         load_tokenizer(str(tiny_llama3)).save_pretrained(tmp_path / "m")
         other = {"model_name_or_path": str(tmp_path / "m")}
+    if changed == "rope":  # the same weights, read at other positions
+        shutil.copytree(tiny_llama3, tmp_path / "m")
+        config = LlamaConfig.from_pretrained(tiny_llama3)
+        config.rope_parameters["rope_theta"] *= 50
+        config.save_pretrained(tmp_path / "m")
+        other = {"model_name_or_path": str(tmp_path / "m")}
     tiny_trainer(precompute_ref_log_probs=True, **other)
     assert len(set(reference_cache().glob("*.npz")) - before) == 2
+
+
+def test_reference_logps_are_found_again_in_another_folder(tiny_trainer, tiny_llama3, tmp_path):
+    tiny_trainer(precompute_ref_log_probs=True)
+    before = set(reference_cache().glob("*.npz"))
+    shutil.copytree(tiny_llama3, tmp_path / "m")
+    tiny_trainer(precompute_ref_log_probs=True, model_name_or_path=str(tmp_path / "m"))
+    assert set(reference_cache().glob("*.npz")) == before
 
 
 def test_training_from_kept_reference_logps_is_the_same(tiny_trainer, tmp_path):
@@ -369,32 +393,51 @@ def test_training_from_kept_reference_logps_is_the_same(tiny_trainer, tmp_path):
     assert torch.allclose(*map(weights, runs), atol=1e-5)
 
 
+TRAINING = """
+from accelerate import PartialState
+from scripts import cli
+from scripts.training import main
+main(cli.parse("training"))
+print(f"one of {PartialState().num_processes}", flush=True)
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_trl_does(tiny_llama3, pairs_folder, tmp_path):
-    """Both trainers under `accelerate launch`, two processes on the CPU: the same logs."""
-    logs = {}
-    for shared in ("false", "true"):
-        out = tmp_path / shared
-        values = {
-            "model_name_or_path": tiny_llama3, "dataset_name": pairs_folder,
-            "load_in_4bit": "false", "dtype": "float32", "bf16": "false", "report_to": "none",
-            "max_steps": 3, "per_device_train_batch_size": 1, "learning_rate": 1e-2,
-            "warmup_steps": 0, "prefix_sharing": shared,
-        }  # fmt: skip
-        options = [part for k, v in values.items() for part in ("--set", f"{k}={v}")]
-        launch = ["accelerate.commands.launch", "--config_file=configs/accelerate/cpu-2.yaml"]
-        command = [sys.executable, "-m", *launch, "-m", "scripts.training", *options]
+def test_two_processes_train_as_one_does(tiny_run, tmp_path):
+    """TRL's way and ours under `accelerate launch`: what one process makes of as many pairs."""
+    common = {"max_steps": 3, "logging_steps": 1, "adam_epsilon": 1e-5}
+    one, cfg = tiny_run(
+        prefix_sharing=False, per_device_train_batch_size=4, output_dir=str(tmp_path), **common
+    )
+    one.train()
+    values = cfg.given | {"per_device_train_batch_size": 2, "report_to": "wandb"}
+    del values["output_dir"]
+    (tmp_path / "training.py").write_text(TRAINING)
+    for shared in (False, True):
+        out = tmp_path / str(shared)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values | {"prefix_sharing": shared}))
         done = subprocess.run(
-            [*command, "--output-dir", out],
+            [sys.executable, "-m", "accelerate.commands.launch",
+             "--config_file=configs/accelerate/cpu-2.yaml", tmp_path / "training.py",
+             f"--config={tmp_path / 'run.yaml'}", f"--output-dir={out}"],
             cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"},
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        logs[shared] = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    stock, own = ([row for row in logs[k] if "loss" in row] for k in ("false", "true"))
-    assert len(stock) == len(own) == 3
-    for one, two in zip(stock, own, strict=True):
-        for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm", "logps/rejected"):
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+        assert done.stdout.count("one of 2") == 2, done.stderr[-3000:]
+        log = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+        stock = [row for row in one.state.log_history if "loss" in row]
+        assert len(log) == len(stock) + 1 == 4  # each step once, and the whole
+        for row, own in zip(stock, log, strict=False):
+            for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm"):
+                assert own[name] == pytest.approx(row[name], rel=1e-4, abs=1e-5), name
+        adapter = load_peft_weights(str(out / "adapter"), device="cpu")
+        for name, weight in get_peft_model_state_dict(one.model).items():
+            assert (adapter[name] - weight).norm() <= 1e-3 * weight.norm(), name
+        # The first process alone prints, writes and opens a W&B run.
+        assert [done.stdout.count(word) for word in ("no login", "step    3/3", "adapter:")] == [
+            1
+        ] * 3
+        assert len(list((out / "wandb").glob("offline-run-*"))) == 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora", "dora", "biased", "switched off", "dropout"])
@@ -494,6 +537,132 @@ def test_other_llama_like_models_share_as_well(trained):
     assert ("lm_head.weight" in one) == trained
     for name, gradient in one.items():
         assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_with_a_bias_gives_what_trls_gives(trained, dtype):
+    """Phi's head has a bias, which may be of another dtype than the rest, as after k-bit set-up."""
+    torch.manual_seed(0)
+    model = tiny(PhiConfig, PhiForCausalLM, bos_token_id=1, eos_token_id=2).to(dtype)
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.lm_head.bias.data = model.lm_head.bias.data.float()
+    model.lm_head.requires_grad_(trained)
+    batch = DataCollatorForPreference(pad_token_id=0)(tokens([(5, 4, 7), (3, 8, 2)], vocabulary=99))
+    batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    add_fused_lm_head(model)
+    found = []
+    for shared in (False, True):
+        if shared:
+            share_prefixes(model)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            logps = model(**batch, fused_lm_head=True).log_probs
+        logps.sum().backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((logps.detach(), grads))
+    (stock, one), (own, two) = found
+    noise = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.allclose(own, stock, atol=noise)
+    assert one.keys() == two.keys()
+    whole = max(g.norm() for g in one.values())
+    for name, gradient in one.items():
+        assert (two[name] - gradient).norm() <= noise * max(gradient.norm(), whole), name
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["as many keys", "fewer keys"])
+@pytest.mark.parametrize("sizes", [(300, 300), (7, 290), (1, 5)], ids=str)
+def test_the_fused_attention_of_a_gpu_is_that_of_a_cpu(heads, sizes):
+    """Chosen has as many keys as queries, rejected its prompt's more: values and gradients."""
+    torch.manual_seed(0)
+    queries, keys = sizes
+    shapes = [(heads[0], queries), (heads[1], keys), (heads[1], keys)]
+    tensors = [torch.randn(1, *shape, 16, requires_grad=True) for shape in shapes]
+    weight = torch.randn(1, heads[0], queries, 16)
+    found = []
+    for attention in (causal_blocks, causal_fused):
+        out = attention(*tensors, scale=0.3)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), tensors)])
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_full_fine_tuning_shares_in_policy_and_reference(tiny_trainer):
+    """Without LoRA the reference is a second model: steps and metrics are TRL's."""
+    runs = [
+        tiny_trainer(
+            use_peft=False, prefix_sharing=shared, max_steps=3, logging_steps=1, learning_rate=1e-4
+        )
+        for shared in (False, True)
+    ]
+    assert runs[1].refusal is None
+    for trainer in runs:
+        trainer.train()
+    stock, own = ([row for row in t.state.log_history if "loss" in row] for t in runs)
+    assert len(stock) == len(own) == 3
+    for one, two in zip(stock, own, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm", "logps/rejected"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    assert stock[-1]["rewards/margins"] > 0.01  # policy and reference are two
+
+
+NF4 = {"load_in_4bit": True, "dtype": "bfloat16", "bf16": True}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["trl", "shared"])
+def test_the_adapter_is_trained_saved_and_resumed_in_float32(tiny_trainer, tmp_path, shared):
+    """At a learning rate that bfloat16 rounds away: entries are about 0.05, steps 1e-6."""
+    common = {
+        "prefix_sharing": shared, "learning_rate": 1e-6, "lr_scheduler_type": "constant",
+        "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path), **NF4,
+    }  # fmt: skip
+    trainer = tiny_trainer(max_steps=2, **common)
+    stir(trainer)
+    start = adapter(trainer)
+    assert {t.dtype for t in start.values()} == {torch.float32}
+    trainer.train()
+    for name, weight in adapter(trainer).items():
+        assert (weight != start[name]).float().mean() > 0.9, name
+        assert (weight.bfloat16() != start[name].bfloat16()).float().mean() < 0.05, name
+    saved = load_peft_weights(str(tmp_path / "checkpoint-2"), device="cpu")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    moments = trainer.optimizer.state.values()
+    assert {m["exp_avg"].dtype for m in moments} == {torch.float32}
+    again = tiny_trainer(max_steps=3, **common)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, weight in adapter(again).items():
+        assert weight.dtype == torch.float32
+        assert 0 < (weight - adapter(trainer)[name]).abs().max() < 1e-5
+
+
+def adapter(trainer) -> dict[str, torch.Tensor]:
+    parameters = trainer.model.named_parameters()
+    return {name: p.detach().clone() for name, p in parameters if p.requires_grad}
+
+
+@pytest.mark.parametrize("every", [None, 2], ids=["all layers", "every second layer"])
+def test_checkpointing_stays_as_it_is_set_up(tiny_trainer, every):
+    """No hook piles up on the embeddings, the layers keep their flags, the numbers are the same."""
+    common = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 1}
+    kwargs = {"use_reentrant": False} | ({"every_n_layers": every} if every else {})
+    plain = tiny_trainer(activation_checkpointing=False, **common)
+    trainer = tiny_trainer(
+        activation_checkpointing=True, activation_checkpointing_kwargs=kwargs, **common
+    )
+    states = []
+
+    class Record(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            flags = [m.gradient_checkpointing for m in model.get_base_model().model.layers]
+            states.append((len(model.get_input_embeddings()._forward_hooks), flags))
+
+    trainer.add_callback(Record())
+    trainer.train()
+    plain.train()
+    assert len(states) == 4
+    assert states[0][1] == [True, not every]
+    assert all(state == states[0] for state in states)
+    assert torch.allclose(weights(trainer), weights(plain), atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -20,8 +20,9 @@ BLOCK = 256  # queries whose attention is computed at once on a CPU
 
 
 def causal_blocks(
-    query_1HQE: torch.Tensor, key_1KSE: torch.Tensor, value_1KSE: torch.Tensor, scale: float
-) -> torch.Tensor:
+    query_1HQE: torch.Tensor, key_1KSE: torch.Tensor, value_1KSE: torch.Tensor, scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """Causal attention on a CPU, where the last Q of the S keys are the queries' own: (1, H, Q, E).
 
     Plain products of 16-bit matrices, 256 queries at a time, take a third of the time of torch's
@@ -38,20 +39,26 @@ def causal_blocks(
         future_QS = torch.full((size, end), -torch.inf, dtype=block_HQE.dtype)
         future_QS.triu_(diagonal=end - size + 1)
         scores = torch.baddbmm(future_QS, block_HQE, key_HSE[:, :end].transpose(1, 2), alpha=scale)
-        outputs.append(torch.bmm(scores.softmax(dim=-1), value_HSE[:, :end]))
+        shares = F.dropout(scores.softmax(dim=-1), dropout)
+        outputs.append(torch.bmm(shares, value_HSE[:, :end]))
     return torch.cat(outputs, dim=1)[None]
 
 
 def causal_fused(
-    query_1HQE: torch.Tensor, key_1KSE: torch.Tensor, value_1KSE: torch.Tensor, scale: float
-) -> torch.Tensor:
+    query_1HQE: torch.Tensor, key_1KSE: torch.Tensor, value_1KSE: torch.Tensor, scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """The same on a GPU, in torch's fused kernels.
 
     `causal_lower_right` says "causal, aligned at the end" without a mask, so that flash attention
     serves rejected, too, which has more keys than queries; a boolean mask would rule it out.
     Flash attention takes fewer key than query heads as they are.
     """
-    how = {"scale": scale, "enable_gqa": query_1HQE.shape[1] != key_1KSE.shape[1]}
+    how = {
+        "scale": scale,
+        "dropout_p": dropout,
+        "enable_gqa": query_1HQE.shape[1] != key_1KSE.shape[1],
+    }
     queries, keys = query_1HQE.shape[2], key_1KSE.shape[2]
     if queries == keys:
         how["is_causal"] = True
@@ -62,22 +69,21 @@ def causal_fused(
 
 def attend(
     query_1HTE: torch.Tensor, key_1KTE: torch.Tensor, value_1KTE: torch.Tensor, scale: float,
-    pairs: list[PairSpan],
+    pairs: list[PairSpan], dropout: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Attention within each pair, as (1, H, T, E), without a (T, T) mask."""
     causal = causal_blocks if query_1HTE.device.type == "cpu" else causal_fused
     outputs, start = [], 0
     for first, shared, second in pairs:
         middle, end = start + first, start + first + second
-        outputs.append(
-            causal(*(t[:, :, start:middle] for t in (query_1HTE, key_1KTE, value_1KTE)), scale)
-        )
+        own = (t[:, :, start:middle] for t in (query_1HTE, key_1KTE, value_1KTE))
+        outputs.append(causal(*own, scale, dropout))
         if second:
             seen = [
                 torch.cat([t[:, :, start : start + shared], t[:, :, middle:end]], dim=2)
                 for t in (key_1KTE, value_1KTE)
             ]
-            outputs.append(causal(query_1HTE[:, :, middle:end], *seen, scale))
+            outputs.append(causal(query_1HTE[:, :, middle:end], *seen, scale, dropout))
         start = end
     return torch.cat(outputs, dim=2)
 
@@ -94,7 +100,7 @@ def prefix_shared_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, scale, pairs).transpose(1, 2).contiguous(), None
+    return attend(query, key, value, scale, pairs, dropout).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, prefix_shared_attention)

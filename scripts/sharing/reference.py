@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,8 @@ from datasets import Dataset
 from trl import DPOConfig
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# Entries of a model's config that say where it comes from, not what it computes.
+HARMLESS = {"_name_or_path", "transformers_version", "use_cache", "architectures"}
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -30,7 +33,10 @@ def cache_key(model: torch.nn.Module, dataset: Dataset, args: DPOConfig) -> str:
     digest = hashlib.sha256()
     settings = (args.max_length, args.truncation_mode, args.ld_alpha, args.bf16, args.fp16)
     digest.update(repr(settings).encode())
-    digest.update(model.config.to_json_string(use_diff=False).encode())  # such as the RoPE's base
+    config = {k: v for k, v in model.config.to_dict().items() if k not in HARMLESS}
+    digest.update(
+        json.dumps(config, sort_keys=True, default=str).encode()
+    )  # such as the RoPE's base
     for column in token_columns(dataset):
         for ids in column:
             digest.update(np.asarray(ids, dtype=np.int32).tobytes() + b"|")

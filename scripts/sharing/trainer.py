@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +16,45 @@ from trl import DPOTrainer
 from scripts.sharing import reference
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.lora import fuse_adapter, unfuse_adapter
-from scripts.sharing.support import PrefixSharingError, disagreement, leak, scores
+from scripts.sharing.support import (
+    FLOAT32,
+    SIXTEEN_BITS,
+    PrefixSharingError,
+    Scores,
+    disagreement,
+    leak,
+    scores,
+)
 
-# Of the pairs that both ways are compared on: so many, and so many tokens of each part.
-PROOF = {"pairs": 2, "prompt": 48, "answer": 32}
+
+class PartTokens(NamedTuple):
+    """Tokens of a prompt and of each of its answers."""
+
+    prompt: int
+    answer: int
+
+
+# How many pairs both ways are compared on, and at most how many tokens of each.
+PROOF_PAIRS = 2
+PROOF_TOKENS = PartTokens(prompt=24, answer=16)
+
+
+@contextmanager
+def checkpointing_paused(model: torch.nn.Module) -> Iterator[None]:
+    """Keep TRL from switching activation checkpointing off and on around a reference pass.
+
+    Switching it on again hooks the embeddings once more each time, and forgets or refuses
+    `every_n_layers`. Here the layers' flags alone are put down and up again, and TRL, which then
+    sees no checkpointing, has nothing to switch.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
 
 
 class PrefixSharedDPOTrainer(DPOTrainer):
@@ -60,18 +97,29 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         """Score a small batch TRL's way, then this way; raise if they differ."""
         model, proof = self.model, self._proof_batch()
         training = model.training
-        # In training mode, which 4-bit layers ask for; but dropout would differ by itself.
-        model.train(self.args.disable_dropout)
-        stock = scores(model, proof, self.accelerator) if proof else None
-        self._share()
-        if proof:
-            shared = scores(model, proof, self.accelerator)
-            leaked = leak(model, proof, self.accelerator)
-            sixteen = self.args.bf16 or self.args.fp16 or model.dtype != torch.float32
-            if difference := disagreement(stock, shared, leaked, sixteen):
-                name = type(self._base(model)).__name__
-                raise PrefixSharingError(f"prefix_sharing gives {name} other numbers: {difference}")
-        model.train(training)
+        # Without dropout, which would differ by itself; but 4-bit layers on a CPU repack their
+        # weights outside training mode.
+        model.train(getattr(model, "is_quantized", False))
+        try:
+            stock = scores(model, proof, self.accelerator)
+            self._share()
+            difference = self._difference(stock, proof)
+        finally:
+            model.train(training)
+        if difference:
+            name = type(self._base(model)).__name__
+            raise PrefixSharingError(f"prefix_sharing fails for {name}: {difference}")
+
+    def _difference(self, stock: Scores, proof: dict) -> str | None:
+        """What tells this way of scoring from TRL's; a family that it breaks gives its error."""
+        try:
+            shared = scores(self.model, proof, self.accelerator)
+            leaked = leak(self.model, proof, shared.logps, self.accelerator)
+        except Exception as error:  # whatever a family's own code makes of the shared row
+            message = (str(error).splitlines() or [""])[0]
+            return f"it stops with {type(error).__name__}: {message[:200]}"
+        sixteen_bits = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        return disagreement(stock, shared, leaked, SIXTEEN_BITS if sixteen_bits else FLOAT32)
 
     @staticmethod
     def _base(model):
@@ -92,24 +140,31 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         while self._undo:
             self._undo.pop()()
 
-    def _proof_batch(self) -> dict | None:
-        """Two short pairs of the data on the model's device; None where weights are sharded."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return None
-        sizes = PROOF["prompt"], PROOF["answer"]
+    def _proof_batch(self) -> dict:
+        """Two short pairs of the data, or the only one, on the model's device.
+
+        Raises:
+            PrefixSharingError: the weights are spread over processes, so no one can score alone.
+        """
+        if any(p.is_meta or p.numel() == 0 for p in self.model.parameters()):
+            raise PrefixSharingError("prefix_sharing: sharded weights are not supported")
+        limit = self.args.max_length or sum(PROOF_TOKENS)
+        answer = min(PROOF_TOKENS.answer, limit // 2)
+        prompt = min(PROOF_TOKENS.prompt, limit - answer)
         rows = [
             {
-                "prompt_ids": row["prompt_ids"][-sizes[0] :],
-                "chosen_ids": row["chosen_ids"][: sizes[1]],
-                "rejected_ids": row["rejected_ids"][: sizes[1]],
+                "prompt_ids": row["prompt_ids"][-prompt:],
+                "chosen_ids": row["chosen_ids"][:answer],
+                "rejected_ids": row["rejected_ids"][:answer],
             }
-            for row in islice(self.train_dataset, PROOF["pairs"])
+            for row in islice(self.train_dataset, PROOF_PAIRS)
         ]
-        return self._prepare_inputs(self.data_collator(rows))
+        batch = self.data_collator(rows)
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def compute_ref_log_probs(self, model, inputs):
-        """TRL's, log-probabilities only."""
-        with log_probs_only():
+        """TRL's, log-probabilities only, with activation checkpointing left as it is set up."""
+        with log_probs_only(), checkpointing_paused(self.model):
             return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
