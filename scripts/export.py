@@ -34,12 +34,12 @@ class MergeError(RecipeError):
     """The merged model does not say what the trained one says."""
 
 
-def _load(cfg: Config, path: str | Path, dtype: str | None = None) -> PreTrainedModel:
-    """A model in plain weights of `dtype` (default: `merge_dtype`), on the GPU if there is one."""
+def _load(cfg: Config, path: str | Path, dtype: str) -> PreTrainedModel:
+    """A model in plain weights of `dtype`, on the GPU if there is one."""
     return AutoModelForCausalLM.from_pretrained(
         path,
         revision=cfg.model.model_revision,
-        dtype=dtype or cfg.recipe.merge_dtype,
+        dtype=dtype,
         device_map={"": cfg.dpo.device},
     ).eval()
 
@@ -70,8 +70,11 @@ def merge_adapter(
 
     Merging into the 4-bit weights would round the adapter away with them; the base is loaded
     again in 16 bits instead. `rows` (tokenised pairs) are scored by base, by the trained model,
-    and by the merged model read back from disk. In a run without an adapter the trained model is
-    the one in `trained`, as it was saved, and the merged one is that in 16 bits.
+    and by the merged model read back from disk.
+
+    In a run without an adapter the trained model is the one in `trained`, and the merged one is
+    that with its weights in 16 bits. All are then scored in float32: two ways of 16-bit arithmetic
+    differ by more than the rounding of the weights, which is in question here.
 
     Returns:
         The folder `merged/`, the reloaded model, and the mean absolute differences per token, in
@@ -83,7 +86,9 @@ def merge_adapter(
             itself scatters (`NOISE`), so that a run of a few steps can be merged too.
     """
     target, trial = cfg.run_dir / "merged", cfg.run_dir / "merged.unproved"
-    model = _load(cfg, base)
+    dtype = cfg.recipe.merge_dtype
+    scored_in = dtype if cfg.model.use_peft else "float32"
+    model = _load(cfg, base, scored_in)
     plain = completion_logps(model, rows)
     if cfg.model.use_peft:
         model = PeftModel.from_pretrained(model, trained).eval()
@@ -91,15 +96,15 @@ def merge_adapter(
         model = model.merge_and_unload(safe_merge=True)
     else:
         del model
-        model = _load(cfg, trained, dtype="auto")
+        model = _load(cfg, trained, scored_in)
         tuned = completion_logps(model, rows)
-        model = model.to(getattr(torch, cfg.recipe.merge_dtype))
+        model = model.to(getattr(torch, dtype))
     shutil.rmtree(trial, ignore_errors=True)
     model.save_pretrained(trial)
     tokenizer.save_pretrained(trial)
     del model
     free_memory()
-    reloaded = _load(cfg, trial)
+    reloaded = _load(cfg, trial, scored_in)
     again = completion_logps(reloaded, rows)
     report = {"effect": _mean_gap(tuned, plain), "error": _mean_gap(again, tuned)}
     if not report["error"] <= max(0.1 * report["effect"], NOISE):
@@ -111,7 +116,7 @@ def merge_adapter(
         )
     shutil.rmtree(target, ignore_errors=True)  # an earlier merge goes only once this one is proved
     trial.rename(target)
-    return target, reloaded, report
+    return target, reloaded.to(getattr(torch, dtype)), report
 
 
 def _mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:

@@ -124,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
     run.trainer.train(resume_from_checkpoint=cfg.dpo.resume_from_checkpoint)
     adapter = save_adapter(run.trainer, cfg)
     if cfg.is_main_process:
-        print(f"adapter: {adapter}")
+        print(f"saved: {adapter}")
         finish_wandb()
 
 

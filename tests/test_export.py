@@ -100,6 +100,20 @@ def test_a_finished_run_is_evaluated_and_exported_by_its_commands(tiny_run, sett
     assert str(saved) in text and "implicit-reward accuracy at least 0.75: too few prompts" in text
 
 
+@pytest.mark.parametrize("merge_dtype", ["bfloat16", "float16"])
+def test_a_whole_model_of_16_bits_loses_nothing(tiny_llama3, tiny_cfg, tmp_path, merge_dtype):
+    """Trained in bfloat16, its weights fit both formats; arithmetic must not pass for rounding."""
+    cfg = tiny_cfg(use_peft=False, merge_dtype=merge_dtype)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama3, dtype="bfloat16")
+    model.lm_head.weight.data.mul_(100)  # a random head is near uniform; make differences show
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"prompt_ids": [1, 2, 3], "chosen_ids": list(range(4, 40))}]
+    base, tokenizer = str(tiny_llama3), load_tokenizer(str(tiny_llama3))
+    _, merged, report = merge_adapter(cfg, base, tmp_path / "model", tokenizer, rows)
+    assert merged.dtype == getattr(torch, merge_dtype)
+    assert report["error"] < 1e-4 < 1 < report["effect"]
+
+
 def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
     trainer, _, adapter = trained
     rows = token_rows(trainer)
