@@ -46,7 +46,7 @@ def trainer(cfg: Config, model, tokenizer, lengths: tuple[int, int, int]):
 
 def plan(cfg: Config, lengths: tuple[int, int, int]) -> dict[str, dict[str, float]]:
     """The plan's GB by phase and part, without the CUDA context."""
-    phases = planning.phases(cfg, planning.shape(cfg), lengths, True, 0)
+    phases = planning.phases(cfg, planning.model_sizes(cfg), lengths, True, 0)
     return {
         name: {part: size / planning.GB for part, size in parts.items() if part != "runtime"}
         for name, parts in phases.items()

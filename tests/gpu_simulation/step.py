@@ -141,9 +141,6 @@ def simulate(case: dict) -> dict:
         with ledger, ledger.belongs("adapter"):
             trainer = project.trainer(cfg, model, tokenizer, lengths)
             trained = [p for p in trainer.model.parameters() if p.requires_grad]
-            if case["adapter_dtype"]:
-                for weight in trained:
-                    weight.data = weight.data.to(getattr(torch, case["adapter_dtype"]))
             trainer.add_callback(Phases(ledger, trainer.model))
             ledger.phase("set-up")
             trainer.train()
