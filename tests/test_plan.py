@@ -36,9 +36,8 @@ from scripts.planning.memory import (
     PAGED,
     ModelSizes,
     architecture,
-    attention_bytes,
     cache_bytes,
-    layer_bytes,
+    kept_by_a_layer,
     model_sizes,
     phases,
     stored,
@@ -191,7 +190,8 @@ def test_a_layer_keeps_what_the_plan_says(tiny_run, tiny_llama3, tmp_path, monke
         linear=0, other=0, trained=0, trained_large=0, trained_sides=0, rank=16, width=64,
         attention_width=64, key_width=32, mlp_width=192, layers=2, heads=4, vocabulary=128_256,
     )  # fmt: skip
-    layer = 2 * sum(LENGTHS) * layer_bytes(sizes) + attention_bytes(sizes, LENGTHS, 2, cuda=False)
+    cfg = load_config(DEFAULT, {"per_device_train_batch_size": 2})
+    layer = kept_by_a_layer(cfg, sizes, LENGTHS, cuda=False)
     assert 2 * layer == pytest.approx(more, rel=0.1)
 
 
