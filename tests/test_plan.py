@@ -144,19 +144,13 @@ def test_every_optimiser_of_transformers_is_known():
 def saved_bytes(tiny_run, tmp_path, layers: int) -> float:
     """Bytes that a real loss of a `layers` deep Llama in NF4 keeps for its backward, weights and
     copies of them left out."""
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128_256,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )  # fmt: skip
-    )
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=64, intermediate_size=192, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
     folder = tmp_path / str(layers)
-    model.save_pretrained(folder)
-    trainer, cfg = tiny_run(
+    LlamaForCausalLM(config).save_pretrained(folder)
+    trainer, _ = tiny_run(
         model_name_or_path=str(folder), load_in_4bit=True, dtype="bfloat16", bf16=True,
         max_length=1024,
     )  # fmt: skip
