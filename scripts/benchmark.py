@@ -38,7 +38,7 @@ from scripts.config import ROOT, Config, load_config, parse_overrides
 from scripts.monitoring.steps import RunLog
 from scripts.planning.flops import step_flops
 from scripts.planning.lengths import lengths_of, parse_case
-from scripts.planning.trial import trial_trainer
+from scripts.planning.trial import require_sharing, trial_trainer
 from scripts.training import assemble
 
 # Tokens of prompt / chosen / rejected, and pairs at a time.
@@ -138,6 +138,7 @@ def measure(
     cfg = load_config(config, overrides | values)
     if case == "data":
         trainer = assemble(cfg).trainer
+        require_sharing(trainer, cfg)
     else:
         trainer = trial_trainer(cfg, (prompt, chosen, rejected), size * steps)
     device = trainer.accelerator.device

@@ -16,6 +16,8 @@ from scripts.benchmark import (
     table,
     trl_attentions,
 )
+from scripts.cli import RecipeError
+from scripts.planning.trial import require_sharing
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"
 
@@ -51,6 +53,15 @@ def test_the_data_case_divides_all_pairs_of_a_step_by_its_time(tiny_cfg):
 def test_the_size_of_a_case_is_that_of_its_batches(tiny_cfg):
     given = tiny_cfg(gradient_accumulation_steps=2).given
     assert measure(CONFIG, given, "8/4/6x3", "eager")["step_pairs"] == [3] * MEASURED
+
+
+def test_a_trainer_that_went_trls_way_is_not_measured_as_prefix_sharing(tiny_run):
+    trainer, cfg = tiny_run(torch_compile=True)
+    assert trainer.refusal
+    with pytest.raises(RecipeError, match="nothing is measured: prefix_sharing: torch_compile"):
+        require_sharing(trainer, cfg)
+    cfg.recipe.prefix_sharing = False
+    require_sharing(trainer, cfg)
 
 
 def test_both_attentions_of_a_cpu_are_tried():

@@ -6,6 +6,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from trl import DPOTrainer
 
+from scripts.cli import RecipeError
 from scripts.config import Config
 from scripts.training import assemble
 
@@ -14,14 +15,30 @@ def trial_trainer(cfg: Config, sizes: tuple[int, int, int], count: int) -> DPOTr
     """The trainer of `cfg` over `count` pairs of random tokens.
 
     `sizes` are the tokens of prompt, chosen and rejected.
+
+    Raises:
+        RecipeError: as `require_sharing`.
     """
-    turns = [[{"role": r, "content": "Hm."}] for r in ("user", "assistant", "assistant")]
-    pair = dict(zip(("prompt", "chosen", "rejected"), turns, strict=True))
+    texts = {"prompt": "Is it so?", "chosen": "Yes, it is.", "rejected": "No, not at all."}
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    pair = {side: [{"role": roles[side], "content": text}] for side, text in texts.items()}
     # TRL tokenises text when it builds a trainer; what it trains on is replaced afterwards.
     text = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([pair])))
     run = assemble(cfg, text)
+    require_sharing(run.trainer, cfg)
     run.trainer.train_dataset = random_pairs(len(run.tokenizer), sizes, count)
     return run.trainer
+
+
+def require_sharing(trainer: DPOTrainer, cfg: Config) -> None:
+    """What is measured as prefix sharing must not have gone TRL's way.
+
+    Raises:
+        RecipeError: the config wants prefix sharing, and the trainer has refused it.
+    """
+    refusal = getattr(trainer, "refusal", None)
+    if cfg.recipe.prefix_sharing and refusal:
+        raise RecipeError(f"nothing is measured: {refusal}; set prefix_sharing=false")
 
 
 def random_pairs(vocabulary: int, sizes: tuple[int, int, int], count: int) -> Dataset:

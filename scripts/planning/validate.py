@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.cli import ROOT, RecipeError
 from scripts.config import load_config
-from scripts.model import load_tokenizer, resolve_model
+from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.monitoring.memory import MemoryMonitor
 from scripts.planning.lengths import worst_lengths
 from scripts.planning.memory import GB, model_sizes, peak, phases, process_gb
@@ -68,6 +68,7 @@ def measure(values: dict) -> dict[str, float]:
     cfg = load_config(CONFIG, values)
     runtime = process_gb()
     trainer = trial_trainer(cfg, worst_lengths(cfg), 2 * PAIRS)
+    free_memory()  # what building took and gave back is no part of a step
     monitor = MemoryMonitor(interval=0.02)
     monitor.phase("step")
     trainer.train()
