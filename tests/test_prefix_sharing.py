@@ -23,6 +23,7 @@ from peft import (
     get_peft_model_state_dict,
     load_peft_weights,
 )
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -41,13 +42,20 @@ from trl.trainer.utils import add_fused_lm_head
 
 from scripts.cli import ROOT
 from scripts.model import load_tokenizer
-from scripts.sharing.attention import causal_blocks, causal_fused, dense_mask
+from scripts.sharing.attention import (
+    FLEX_BLOCK,
+    attend,
+    attention_arguments,
+    causal_blocks,
+    causal_fused,
+    dense_mask,
+)
 from scripts.sharing.forward import share_prefixes
 from scripts.sharing.head import AnswerLogps
 from scripts.sharing.lora import fuse_adapter
 from scripts.sharing.reference import COLUMNS as REFERENCE
 from scripts.sharing.reference import cache_folder as reference_cache
-from scripts.sharing.row import pack
+from scripts.sharing.row import fill_up, pack
 from scripts.sharing.support import PrefixSharingError
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
 
@@ -585,6 +593,27 @@ def test_the_fused_attention_of_a_gpu_is_that_of_a_cpu(heads, sizes):
         found.append([out, *torch.autograd.grad((out * weight).sum(), tensors)])
     for one, two in zip(*found, strict=True):
         assert torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [SIZES[:4], [(60, 40, 30), (90, 200, 100)]], ids=["one block", "several blocks"])
+def test_flex_attention_over_a_filled_row_is_attention_pair_by_pair(sizes):
+    """FlexAttention as torch runs it without a compiler, over rows of whole blocks."""
+    torch.manual_seed(0)
+    batch = DataCollatorForPreference(pad_token_id=0)(tokens(sizes))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    row = pack(batch["input_ids"], batch["attention_mask"], labels)
+    filled = fill_up(row, FLEX_BLOCK)
+    length, whole = row.input_ids_1T.shape[1], filled.input_ids_1T.shape[1]
+    assert whole % FLEX_BLOCK == 0
+    assert 0 <= whole - length < FLEX_BLOCK
+    tensors = [torch.randn(1, heads, whole, 16) for heads in (4, 2, 2)]
+    out = flex_attention(
+        *tensors, scale=0.3, enable_gqa=True,
+        block_mask=attention_arguments(filled, "flex")["attention_mask"],
+    )  # fmt: skip
+    assert out.isfinite().all()  # a token that sees nothing would make none
+    expected = attend(*(t[:, :, :length] for t in tensors), 0.3, row.pairs)
+    assert torch.allclose(out[:, :, :length], expected, atol=1e-5)
 
 
 def test_full_fine_tuning_shares_in_policy_and_reference(tiny_trainer):

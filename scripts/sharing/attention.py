@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from scripts.sharing.row import PairSpan, SharedRow
 
 NAME = "prefix_shared"  # under which transformers knows the attention below
+FLEX_BLOCK = 128  # FlexAttention's block: rows of whole blocks are few lengths to compile for
 BLOCK = 256  # queries whose attention is computed at once on a CPU
 
 
@@ -119,6 +120,8 @@ def may_attend(row: SharedRow) -> Callable:
         answer += [0] * span.first + [1] * span.second
         shared += [span.shared] * (span.first + span.second)
     device = row.input_ids_1T.device
+    filling = row.input_ids_1T.shape[1] - len(pair)
+    pair, answer, shared = (part + [-1] * filling for part in (pair, answer, shared))
     pair, answer, shared = (
         torch.tensor(values, device=device) for values in (pair, answer, shared)
     )

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from scripts.sharing.attention import NAME, attention_arguments
+from scripts.sharing.attention import FLEX_BLOCK, NAME, attention_arguments
 from scripts.sharing.head import AnswerLogps, TokenScores
-from scripts.sharing.row import SharedRow, pack
+from scripts.sharing.row import SharedRow, fill_up, pack
 from scripts.sharing.support import refuse_unsupported
 
 # Scales of the logits that some families have; TRL's own head knows what to do with each.
@@ -58,6 +58,8 @@ def share_prefixes(model: PreTrainedModel, attention: str = "segments") -> Calla
         if not fused_lm_head or "shift_labels" in kwargs or len(labels) % 2:
             return forward_before(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         row = pack(kwargs["input_ids"], kwargs["attention_mask"], labels)
+        if attention == "flex":
+            row = fill_up(row, FLEX_BLOCK)
         inputs = {"input_ids": row.input_ids_1T, "position_ids": row.position_ids_1T}
         inputs |= {"use_cache": False} | attention_arguments(row, attention)
         head = self.get_output_embeddings()

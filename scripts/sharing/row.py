@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 
 class PairSpan(NamedTuple):
@@ -61,6 +62,16 @@ def pack(
     arrays = (tokens, positions, targets, sources, places)
     tensors = [torch.from_numpy(np.concatenate(a).astype(np.int64)).to(device) for a in arrays]
     return SharedRow(tensors[0][None], tensors[1][None], *tensors[2:], pairs)
+
+
+def fill_up(row: SharedRow, multiple: int) -> SharedRow:
+    """The row made as long as the next multiple of `multiple`.
+
+    The added tokens are scored nowhere, and `may_attend` lets them see each other alone.
+    """
+    extra = (0, -row.input_ids_1T.shape[1] % multiple)
+    ids, positions = (F.pad(t, extra) for t in (row.input_ids_1T, row.position_ids_1T))
+    return replace(row, input_ids_1T=ids, position_ids_1T=positions)
 
 
 def _shared_tokens(ids, labels, sizes, chosen: int, rejected: int) -> int:
