@@ -595,7 +595,11 @@ def test_the_fused_attention_of_a_gpu_is_that_of_a_cpu(heads, sizes):
         assert torch.allclose(one, two, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [SIZES[:4], [(60, 40, 30), (90, 200, 100)]], ids=["one block", "several blocks"])
+@pytest.mark.parametrize(
+    "sizes",
+    [SIZES[:4], [(60, 40, 30), (90, 200, 100)]],
+    ids=["one block", "several blocks"],
+)
 def test_flex_attention_over_a_filled_row_is_attention_pair_by_pair(sizes):
     """FlexAttention as torch runs it without a compiler, over rows of whole blocks."""
     torch.manual_seed(0)
