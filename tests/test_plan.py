@@ -167,7 +167,8 @@ def saved_bytes(tiny_run, tmp_path, layers: int) -> float:
         return tensor
 
     trainer.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with trainer.accelerator.autocast(), hooks:  # as the model is wrapped when it trains
         trainer.compute_loss(trainer.model, batch)
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -210,8 +211,9 @@ def test_a_step_is_near_its_simulated_peak(llama, llama_416, config, batch, chec
     )  # fmt: skip
     step = phases(cfg, sizes, worst_lengths(cfg), True, 0)["step"]
     counted = sum(size for name, size in step.items() if name not in ("optimiser", PAGED))
-    # Adapter and gradients take 2 bytes more each than they did, and their 16-bit copy is new.
-    before = counted - 3 * 2 * sizes.trained
+    # Adapter and gradients take 2 bytes more each than they did then. Keys and values take less, as
+    # grouped queries share them now: 7 to 8% of a peak without checkpointing.
+    before = counted - 2 * 2 * sizes.trained
     assert before / GB == pytest.approx(SIMULATED[config, batch, checkpointing], rel=0.085)
 
 
@@ -244,7 +246,10 @@ def test_the_advice_follows_from_the_simulated_peaks(llama):
 def test_the_paged_optimiser_moves_out_only_where_nothing_else_fits(llama_416):
     cfg = planned(RANK_416)
     assert fit(cfg, llama_416, gpus()["A100-80"]) == (True, "")
-    assert fit(cfg, llama_416, gpus()["A100-40"]) == (False, "activation_checkpointing: true")
+    one = "per_device_train_batch_size: 1, gradient_accumulation_steps: 8"
+    assert fit(cfg, llama_416, gpus()["A100-40"]) == (False, one)
+    tighter = gpus()["A100-40"] | {"memory_gb": 32}
+    assert fit(cfg, llama_416, tighter) == (False, "activation_checkpointing: true")
     assert "the optimiser pages" in fit(cfg, llama_416, gpus()["L4"])[1]
     assert "pages" not in fit(planned(RANK_416, optim="adamw_torch"), llama_416, gpus()["L4"])[1]
 
