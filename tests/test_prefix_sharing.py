@@ -492,6 +492,10 @@ def test_models_that_cannot_share_are_refused_by_name(tiny_cfg, tiny_llama3, cap
     with pytest.raises(PrefixSharingError, match="capped attention scores"):
         share_prefixes(other)
     other.config.attn_logit_softcapping = None
+    other.config.rope_parameters |= {"rope_type": "dynamic"}
+    with pytest.raises(PrefixSharingError, match="dynamic positions"):
+        share_prefixes(other)
+    other.config.rope_parameters |= {"rope_type": "default"}
     other.config._attn_implementation = "flash_attention_2"
     with pytest.raises(
         PrefixSharingError, match="attn_implementation: sdpa, not flash_attention_2"

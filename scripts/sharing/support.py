@@ -31,6 +31,10 @@ def refuse_unsupported(model: PreTrainedModel, own_attention: str) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise PrefixSharingError(f"prefix_sharing: {', '.join(sorted(kinds))} is not supported")
+    # Rotations that follow the length of the whole input: the shared row has another length.
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rotation in ("dynamic", "longrope"):
+        raise PrefixSharingError(f"prefix_sharing: {rotation} positions are not supported")
     if getattr(config, "attn_logit_softcapping", None):
         raise PrefixSharingError("prefix_sharing: capped attention scores are not supported")
     if config._attn_implementation not in ("sdpa", "eager", own_attention):
