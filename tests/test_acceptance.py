@@ -135,9 +135,9 @@ def test_a_tiny_llama_is_measured_beside_its_plan(run):
     """The work of the parts `prepare` and `plan` on a CPU, in this process."""
     found = jobs.prepare(run.config, {}, str(run.folder / "model"), cuda=False)
     assert found["note"] == "a tiny random Llama"
-    small = {"max_length": 32, "per_device_train_batch_size": 2, "output_dir": str(run.folder)}
+    small = {"max_length": 64, "per_device_train_batch_size": 2, "output_dir": str(run.folder)}
     measured = jobs.plan_against_measured(run.config, found["overrides"] | small)
-    assert tuple(measured["lengths"]) == (8, 24, 24)
+    assert tuple(measured["lengths"]) == (16, 48, 48)
     assert measured["paged"] == 0 and 0.3 < measured["measured"] < 8
     assert measured["planned"] == pytest.approx(measured["measured"], rel=0.5)
 
