@@ -182,6 +182,11 @@ def load_config(
             f"{path.name}: `use_peft: false` trains all of the weights, and weights of 4 or 8 bits "
             "cannot be trained; set load_in_4bit (and load_in_8bit) to false, or use_peft to true"
         )
+    if given.get("gradient_checkpointing") and not parts["dpo"].gradient_checkpointing:
+        raise ConfigError(
+            f"{path.name}: gradient_checkpointing: true is overruled by activation_checkpointing: "
+            "false; set activation_checkpointing: true"
+        )
     return Config(**parts, given=given)
 
 

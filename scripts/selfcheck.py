@@ -56,12 +56,22 @@ def selfcheck() -> str:
 
 
 def gpu_of_the_driver() -> str | None:
-    """The first GPU that `nvidia-smi` lists, or None where there is no such command or no GPU."""
+    """The first GPU that `nvidia-smi` lists, or None where there is no such command or no GPU.
+
+    Raises:
+        RuntimeError: there is a driver, and it does not work.
+    """
     if not shutil.which("nvidia-smi"):
         return None
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    lines = done.stdout.strip().splitlines()
-    return lines[0].split(" (")[0] if done.returncode == 0 and lines else None
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError("nvidia-smi does not answer: restart the machine's driver") from None
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode == 0 or done.returncode == 6:  # 6: a driver, and no GPU
+        return lines[0].split(" (")[0] if done.returncode == 0 and lines else None
+    reason = lines[0] if lines else f"exit code {done.returncode}"
+    raise RuntimeError(f"nvidia-smi fails: {reason}")
 
 
 def check_nf4_product(packed, state, restored) -> None:

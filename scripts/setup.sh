@@ -32,7 +32,7 @@ check_driver() {
   [[ "$driver" =~ ^[0-9]+ ]] || return 0
   if [[ -n "${SYSTEM_TORCH:-}" ]]; then
     cuda="$("$1" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null || true)"
-    [[ -n "$cuda" ]] || return 0 # no torch or a CPU build: the self-check says so
+    [[ -n "$cuda" ]] || return 0 # a CPU build: the self-check says so
   fi
   needed=$((${cuda%%.*} >= 13 ? 580 : 525))
   if ((${driver%%.*} < needed)); then
@@ -43,9 +43,21 @@ check_driver() {
   fi
 }
 
+if [[ "${SYSTEM_TORCH:-}" == 0 ]]; then unset SYSTEM_TORCH; fi
+# One that was stopped while it was made has no pip; one without the system's packages has no torch
+# of the system's. Both are made anew.
+if [[ -d .venv ]] && { ! .venv/bin/python -m pip --version >/dev/null 2>&1 ||
+  { [[ -n "${SYSTEM_TORCH:-}" ]] && grep -qs "system-site-packages = false" .venv/pyvenv.cfg; }; }; then
+  rm -rf .venv
+fi
+python=.venv/bin/python
+[[ -x .venv/bin/python ]] || python="$(find_python)"
+if [[ -n "${SYSTEM_TORCH:-}" ]] && ! "$python" -c "import torch" 2>/dev/null; then
+  echo "setup: SYSTEM_TORCH=1, but $python has no torch that it can import; set PYTHON=..." >&2
+  exit 1
+fi
+check_driver "$python"
 if [[ ! -x .venv/bin/python ]]; then
-  python="$(find_python)"
-  check_driver "$python"
   echo "setup: making .venv with $("$python" --version)"
   if ! "$python" -m venv ${SYSTEM_TORCH:+--system-site-packages} .venv; then
     rm -rf .venv

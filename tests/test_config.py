@@ -174,3 +174,10 @@ def test_a_run_elsewhere_can_be_looked_at_without_its_gpu():
     cfg = load_config("configs/llama3-8b-a100.yaml", may_lack_gpu=True)
     assert cfg.dpo.bf16
     assert "use_cpu" not in cfg.given  # what the config itself says stays
+
+
+def test_checkpointing_under_its_other_name_is_not_ignored():
+    with pytest.raises(ConfigError, match="set activation_checkpointing: true"):
+        load_config(DEFAULT, {"gradient_checkpointing": True})
+    on = {"gradient_checkpointing": True, "activation_checkpointing": True}
+    assert load_config(DEFAULT, on).dpo.activation_checkpointing

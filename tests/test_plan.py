@@ -475,3 +475,14 @@ def test_an_architecture_that_is_nowhere_is_one_line(tiny_cfg, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="no architecture of no/such-model"):
         architecture(tiny_cfg(model_name_or_path="no/such-model"))
+
+
+def test_an_8_bit_optimiser_of_whole_weights_is_not_halved(llama):
+    """bitsandbytes keeps its state in its own type, whatever the weights' is."""
+    whole = {"use_peft": False, "load_in_4bit": False}
+    sizes = model_sizes(planned(A100, **whole))
+    eight, torchs = (
+        stored(planned(A100, **whole, optim=name), sizes) for name in ("adamw_8bit", "adamw_torch")
+    )
+    assert eight["optimiser"] / sizes.trained == pytest.approx(2.03, rel=0.02)
+    assert torchs["optimiser"] / sizes.trained == pytest.approx(4.0)

@@ -55,7 +55,7 @@ def set_up(tmp_path):
         ("570.172.08", "12.6", {"SYSTEM_TORCH": "1"}, None),
         ("515.43", "12.6", {"SYSTEM_TORCH": "1"}, "525"),
         ("570.172.08", "13.0", {"SYSTEM_TORCH": "1"}, "580"),
-        ("570.172.08", "", {"SYSTEM_TORCH": "1"}, None),  # no torch: the self-check's to say
+        ("570.172.08", "", {"SYSTEM_TORCH": "1"}, None),  # a CPU build: the self-check's to say
         ("", "", {}, None),  # nvidia-smi fails: no driver to speak of
         (None, "", {}, None),
     ],
@@ -79,6 +79,9 @@ def test_a_gpu_that_torch_cannot_use_fails_the_self_check(tmp_path, monkeypatch)
     command(tmp_path, "nvidia-smi", "echo 'GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)'")
     with pytest.raises(RuntimeError, match="lists GPU 0: NVIDIA A100-SXM4-80GB, but torch"):
         selfcheck.selfcheck()
+    command(tmp_path, "nvidia-smi", "echo 'Driver/library version mismatch'; exit 18")
+    with pytest.raises(RuntimeError, match="nvidia-smi fails: Driver/library version mismatch"):
+        selfcheck.selfcheck()
     command(tmp_path, "nvidia-smi", "echo 'No devices were found'; exit 6")
     assert "NF4 works on the CPU" in selfcheck.selfcheck()
 
@@ -97,6 +100,10 @@ def test_what_triton_needs_is_looked_for(tmp_path, monkeypatch):
     assert missing_for_triton() == ["Python.h"]
     (tmp_path / "Python.h").touch()
     assert missing_for_triton() == []
+    command(tmp_path, "gcc", "echo 'stdlib.h: No such file'; exit 1")
+    assert "does not" in missing_for_triton()[0]
+    monkeypatch.setenv("CC", str(tmp_path / "nowhere"))
+    assert "nowhere does not" in missing_for_triton()[0]
 
 
 def test_without_a_compiler_the_head_runs_in_torch(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ Exit codes: 0, all that could run here is as it should be; 1, something is not, 
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import traceback
@@ -59,6 +60,8 @@ def chosen_parts(names: list[str] | None) -> list[str]:
 
 def main() -> None:
     options = parse("acceptance")
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # end what was started, too: it holds the GPU
+        signal.signal(stop, lambda *_: sys.exit(1))
     names = chosen_parts(options.parts)
     folder = Path(options.output_dir or "outputs/acceptance").resolve()
     budget = Budget(60 * options.minutes)

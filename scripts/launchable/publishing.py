@@ -153,7 +153,12 @@ def have_compose_checked(compose: dict[str, Any], token: str) -> None:
 
 def read_back(identity: str, token: str | None) -> dict[str, Any]:
     """What Brev keeps, with the text of a set-up script that it keeps by its id."""
-    kept = call("GET", f"/launchables/{identity}", token, patient=True)
+    try:  # where the CLI reads it
+        kept = call("GET", f"/launchables/{identity}/now", token, patient=True)
+    except Refused as error:
+        if error.status != 404:
+            raise
+        kept = call("GET", f"/launchables/{identity}", token)
     script = ((kept.get("buildRequest") or {}).get("vmBuild") or {}).get("lifeCycleScriptAttr")
     if script and script.get("id") and not script.get("script"):
         where = f"/launchable/lifecycle-script?envId={identity}&scriptId={script['id']}"

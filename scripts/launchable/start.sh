@@ -43,10 +43,10 @@ setInterval(async () => {
 class Log(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         with open(sys.argv[2], errors="replace") as file:
-            text = file.read()[-100_000:]
-        for secret in secrets:
+            text = file.read()
+        for secret in secrets:  # before the cut, which could leave a piece of one
             text = text.replace(secret, "***")
-        body = page.replace("LOG", html.escape(text), 1).encode()
+        body = page.replace("LOG", html.escape(text[-100_000:]), 1).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

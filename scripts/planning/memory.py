@@ -132,7 +132,10 @@ def stored(cfg: Config, sizes: ModelSizes, cuda: bool = True) -> dict[str, float
     else:
         linear = sizes.linear * word
     trained_word = 4 if sizes.rank else word
-    state = state_bytes(cfg.dpo.optim, sizes.trained, sizes.trained_sides) * trained_word / 4
+    state = state_bytes(cfg.dpo.optim, sizes.trained, sizes.trained_sides)
+    name = str(getattr(cfg.dpo.optim, "value", cfg.dpo.optim))
+    if not any(mark in name for mark in ("bnb", "8bit", "32bit")):
+        state *= trained_word / 4  # torch's own keep it in the weights' type, bitsandbytes does not
     paged = is_paged(cfg.dpo.optim) and cuda and sizes.trained > 0
     paged_state = state * sizes.trained_large / sizes.trained if paged else 0
     return {

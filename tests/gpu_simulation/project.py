@@ -39,6 +39,8 @@ def trainer(cfg: Config, model, tokenizer, lengths: tuple[int, int, int]):
 
     one = Dataset.from_list([conftest.explicit(*conftest.PAIRS[0])])
     made = build_trainer(cfg, model, tokenizer, DatasetDict({"train": one, "test": one}))
+    if refusal := getattr(made, "refusal", None):
+        raise SystemExit(f"not simulated: {refusal}; set prefix_sharing=false")
     count = cfg.dpo.per_device_train_batch_size * 4
     made.train_dataset = random_pairs(1000, lengths, count)
     return made
