@@ -96,6 +96,12 @@ RANGES = {
     "lora_alpha": Field(ge=1),
     "max_length": Field(ge=2),
     "beta": Field(gt=0, allow_inf_nan=False),
+    "lora_dropout": Field(ge=0, lt=1),
+    "ld_alpha": Field(ge=0, le=1),
+    "label_smoothing": Field(ge=0, lt=0.5),
+    "weight_decay": Field(ge=0),
+    "max_grad_norm": Field(ge=0),
+    "seed": Field(ge=0),
     "learning_rate": Field(ge=0, allow_inf_nan=False),
     "num_train_epochs": Field(gt=0, allow_inf_nan=False),
     "per_device_train_batch_size": Field(ge=1),
@@ -133,14 +139,12 @@ def _read_yaml(name: str, text: str) -> Any:
     Raises:
         ConfigError: it is no YAML, or a key stands twice in a mapping.
     """
-    loader = _UniqueKeys(text)
-    loader.name = name
     try:
+        loader = _UniqueKeys(text)  # which reads the first characters at once
+        loader.name = name
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError) as error:  # a list as a key is a TypeError
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
 
 
 def load_config(
@@ -162,7 +166,11 @@ def load_config(
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
         raise ConfigError(f"no config file at {path}; configs/ has {known}")
-    values = _read_yaml(path.name, path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path.name} is not UTF-8 text") from None
+    values = _read_yaml(path.name, text)
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name} must hold `key: value` lines")
     given = {key: _checked(path.name, key, value) for key, value in values.items()}
@@ -187,6 +195,9 @@ def load_config(
             f"{path.name}: gradient_checkpointing: true is overruled by activation_checkpointing: "
             "false; set activation_checkpointing: true"
         )
+    if isinstance(targets := given.get("lora_target_modules"), list):
+        # TRL makes a list of one its name, which PEFT would read as a pattern for whole names.
+        parts["model"].lora_target_modules = targets if targets != ["all-linear"] else targets[0]
     return Config(**parts, given=given)
 
 
@@ -200,7 +211,7 @@ def _checked(where: str, key: str, value: Any) -> Any:
         near = difflib.get_close_matches(str(key), HINTS, n=1, cutoff=0.0)
         raise ConfigError(f"{where}: unknown key `{key}`; did you mean `{near[0]}`?")
     hint = HINTS[key]
-    if hint == list[str] and isinstance(value, str):
+    if hint in (list[str], list[str] | None) and isinstance(value, str):
         value = [value]  # TRL's command line takes one name where it takes several
     try:
         return TypeAdapter(hint).validate_python(value)

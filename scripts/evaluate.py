@@ -35,7 +35,7 @@ from scripts.adapter import load_adapter, require_adapter
 from scripts.config import Config, config_from_args
 from scripts.generation import Reply, generate_replies
 from scripts.measures.statistics import AIMS, DRAWS, bootstrap
-from scripts.measures.text import fact_recall, repeated_ngram_share
+from scripts.measures.text import are_facts, fact_recall, repeated_ngram_share
 from scripts.model import load_model
 from scripts.pairs.tokens import template_options
 from scripts.sharing.forward import log_probs_only, share_prefixes
@@ -146,7 +146,8 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
     picked = pick_prompts(test["prompt"], cfg.recipe.eval_prompts, cfg.dpo.seed)
     prompts, facts = test[picked]["prompt"], test[picked].get("facts")
     options = [template_options(test[i]) for i in picked]
-    facts = facts if facts and all(facts) else None  # a measure only where every prompt lists them
+    # A measure only where every prompt lists them, and in the form that the README gives.
+    facts = facts if facts and all(facts) and all(map(are_facts, facts)) else None
     frame = pd.DataFrame({"prompt": [p[-1]["content"] for p in prompts]})
     replies = {}
     for who, answering in (("base", reference(trainer)), ("tuned", nullcontext(trainer.model))):

@@ -125,6 +125,8 @@ def _mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
+    if cfg.dpo.world_size > 1:
+        raise RecipeError("a merge is the work of one process: python -m scripts.export ...")
     trained = require_adapter(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)

@@ -50,10 +50,11 @@ def generate_replies(
     heads the lines that show the progress (None: no lines).
     """
     stops = sorted(end_tokens(tokenizer, model.generation_config))
+    drawn = sampling.get("temperature", 0) > 0  # at 0 the likeliest token is all there is
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=bool(sampling), use_cache=True,
+        max_new_tokens=max_new_tokens, do_sample=drawn, use_cache=True,
         eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
-        **({"top_k": 0} | sampling if sampling else {}),
+        **({"top_k": 0} | sampling if drawn else {}),
     )  # fmt: skip
     rows = tokenize_prompts(prompts, tokenizer, options)
     texts = tokenizer.batch_decode(rows)

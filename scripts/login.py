@@ -35,6 +35,8 @@ def hub_state(name: str, revision: str = "main") -> str:
     """
     if Path(name).expanduser().is_dir():
         return "local"
+    if name.startswith(("/", ".", "~")):
+        raise HubError(f"there is no folder {name}; check model_name_or_path")
     api = HfApi()
     try:
         if constants.HF_HUB_OFFLINE:

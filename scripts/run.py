@@ -48,7 +48,11 @@ def execute(cfg: Config, config: str, overrides: dict) -> None:
     papermill.execute_notebook(
         str(NOTEBOOK),
         str(cfg.run_dir / "notebook.ipynb"),
-        parameters={"config": config, "overrides": overrides, "output_dir": str(cfg.run_dir)},
+        parameters={
+            "config": config,
+            "overrides": overrides,
+            "output_dir": str(cfg.run_dir.resolve()),
+        },
         cwd=str(ROOT),
         kernel_name="python3",
         log_output=True,

@@ -181,3 +181,28 @@ def test_checkpointing_under_its_other_name_is_not_ignored():
         load_config(DEFAULT, {"gradient_checkpointing": True})
     on = {"gradient_checkpointing": True, "activation_checkpointing": True}
     assert load_config(DEFAULT, on).dpo.activation_checkpointing
+
+
+def test_one_module_is_a_module_and_not_a_pattern():
+    assert load_config(DEFAULT, {"lora_target_modules": ["q_proj"]}).model.lora_target_modules == [
+        "q_proj"
+    ]
+    whole = load_config(DEFAULT, {"lora_target_modules": "all-linear"})
+    assert whole.model.lora_target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    "values", [{"ld_alpha": 1.5}, {"lora_dropout": -0.5}, {"label_smoothing": 0.9}, {"seed": -1}]
+)
+def test_senseless_values_of_trls_own_arguments_are_refused(values):
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"override: `{name}` must be"):
+        load_config(DEFAULT, values)
+
+
+@pytest.mark.parametrize("text", [b"beta: \xff", b"beta: \x01", b"? [a, b]\n: 1\n"])
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ConfigError, match=r"odd\.yaml"):
+        load_config(path)

@@ -9,6 +9,7 @@ from scripts.cli import ROOT
 from scripts.config import ConfigError
 from scripts.data import length_table, load_preferences, token_lengths
 from scripts.model import load_tokenizer
+from scripts.pairs.load import check_preferences
 from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
@@ -158,3 +159,20 @@ def test_lengths_count_the_template_and_the_end_of_turn(tiny_cfg, tiny_llama3):
     assert whole["input_ids"].count(BOT) == 1
     assert whole["input_ids"].count(EOT) == 1
     assert lengths["prompt"][0] == len(whole["input_ids"])
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_file(tiny_cfg, tmp_path):
+    path = tmp_path / "open.csv"
+    path.write_text('prompt,chosen,rejected\nQ1,a1.,b1\nQ2,a2.,"b2\nQ3,a3.,b3\nQ4,a4.,b4\n')
+    _, report = check_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
+    assert [(f.kind, f.where) for f in report.findings] == [("unreadable", "open.csv:3")]
+
+
+def test_a_rename_onto_a_column_that_is_there_is_refused(tiny_cfg, tmp_path):
+    row = {"question": "Why?", "prompt": "template-7", "chosen": "So.", "rejected": "No."}
+    path = write_jsonl(tmp_path / "two.jsonl", [row])
+    names = {"dataset_name": str(path), "dataset_columns": {"question": "prompt"}}
+    with pytest.raises(DataError, match="'prompt', and there is one of that name"):
+        check_preferences(tiny_cfg(**names))
+    names["dataset_columns"] = {"question": "prompt", "prompt": "template"}
+    assert check_preferences(tiny_cfg(**names))[1].rows["test"] == 1

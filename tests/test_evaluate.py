@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from scripts.evaluate import (
 from scripts.export import completion_logps
 from scripts.generation import generate_replies
 from scripts.measures.statistics import AIMS, MET, MISSED, TOO_FEW, bootstrap
+from scripts.measures.text import are_facts
 from scripts.model import load_model, load_tokenizer
 from scripts.plots import before_after
 from scripts.training import assemble
@@ -297,3 +299,19 @@ def test_html_of_a_reply_is_escaped():
     row |= {f"{who}_{k}": 1 for who in ("base", "tuned") for k in ("length", "finished")}
     page = side_by_side(pd.DataFrame([row]))
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;i&gt;" in page
+
+
+def test_facts_in_another_form_are_not_measured():
+    assert are_facts([["Rayleigh"], ["scatter", "bounce"]]) and are_facts([])
+    for odd in (["Rayleigh"], [[""]], '[["Rayleigh"]]', [[]], [[1]]):
+        assert not are_facts(odd)
+
+
+def test_temperature_0_is_greedy(tiny_trainer):
+    trainer = tiny_trainer()
+    prompt = [[{"role": "user", "content": "Why?"}]]
+    ask = partial(
+        generate_replies, trainer.model, trainer.processing_class, prompt, max_new_tokens=5,
+        batch_size=1, label=None,
+    )  # fmt: skip
+    assert ask(temperature=0.0, top_p=0.9)[0].ids == ask()[0].ids

@@ -209,3 +209,18 @@ def test_one_step_on_a_gpu_in_nf4(tiny_cfg):
     trainer.train()
     assert trainer.model.device.type == "cuda"
     assert history(trainer.state.log_history)["loss"].iloc[0] == pytest.approx(math.log(2), 1e-2)
+
+
+def test_a_new_run_in_a_folder_sets_the_old_adapter_aside(tiny_cfg):
+    """Else a run that is killed would leave it beside a config that it was not trained with."""
+    cfg = tiny_cfg()
+    (cfg.run_dir / "adapter").mkdir(parents=True)
+    (cfg.run_dir / "adapter" / "weights").write_text("old")
+    (cfg.run_dir / "evaluation.json").write_text("{}")
+    start_run(cfg)
+    assert not (cfg.run_dir / "adapter").exists() and not (cfg.run_dir / "evaluation.json").exists()
+    assert (cfg.run_dir / "earlier" / "adapter" / "weights").read_text() == "old"
+    (cfg.run_dir / "adapter").mkdir()
+    resumed = tiny_cfg(resume_from_checkpoint="checkpoint-1")
+    start_run(resumed)
+    assert (cfg.run_dir / "adapter").exists()

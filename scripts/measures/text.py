@@ -16,6 +16,14 @@ def repeated_ngram_share(tokens: Sequence[Hashable], n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def are_facts(value: object) -> bool:
+    """Whether `value` is a list of facts, each a list of spellings that are not empty."""
+    return isinstance(value, list) and all(
+        isinstance(fact, list) and fact and all(isinstance(s, str) and s.strip() for s in fact)
+        for fact in value
+    )
+
+
 def fact_recall(text: str, facts: list[list[str]]) -> float:
     """Share of the key facts that `text` mentions, between 0 and 1.
 

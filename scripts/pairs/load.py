@@ -131,7 +131,7 @@ def _readable(
 
 
 def _require_columns(names: dict[str, str], rows: list[Row]) -> None:
-    """Raise a `DataError` for a rename whose source no row has."""
+    """Raise a `DataError` for a rename whose source no row has, or whose target is taken."""
     columns = {key for _, row, _ in rows[:1000] for key in row or ()}
     for old in names:
         if old not in columns:
@@ -140,6 +140,13 @@ def _require_columns(names: dict[str, str], rows: list[Row]) -> None:
                 f"dataset_columns renames {old!r}, which no row has; did you mean "
                 f"{near[0] if near else 'another file'!r}?"
             )
+    taken = [new for new in names.values() if new in columns and new not in names]
+    if taken or len(set(names.values())) < len(names):
+        which = taken[0] if taken else "one of its targets"
+        raise DataError(
+            f"dataset_columns renames a column to {which!r}, and there is one of that name "
+            "already; rename that one too"
+        )
 
 
 def _format_of(rows: list[Row], cfg: Config) -> str:

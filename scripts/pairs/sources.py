@@ -39,7 +39,7 @@ def read_source(args: ScriptArguments) -> dict[str, list[Row]]:
     name = args.dataset_name
     if name is None:
         raise DataError("dataset_name is not set: name a file, a folder or a hub dataset")
-    local = next((p for p in (ROOT / name, Path(name)) if p.exists()), None)
+    local = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
     try:
         files = _local_files(local, args.dataset_config) if local else {}
         if files and all(f.suffix in TEXT for paths in files.values() for f in paths):
@@ -135,7 +135,8 @@ def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
     # Bytes that are not UTF-8 become U+FFFD, which the checks find in their row.
     text = io.StringIO(raw.decode("utf-8-sig", errors="replace"), newline="")
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",")
+    # Strict: else a quote that is never closed takes in the rest of the file as one cell.
+    reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     columns: list[str] = []
     while True:
         where = f"{path.name}:{reader.line_num + 1}"  # a row may span lines: where it begins

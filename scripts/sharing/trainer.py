@@ -136,6 +136,9 @@ class PrefixSharedDPOTrainer(DPOTrainer):
             fuse_adapter(one)
             self._undo.append(lambda one=one: unfuse_adapter(one))
 
+    def _reference_model(self):
+        return self.model if self.ref_model is None else self.ref_model
+
     def _unshare(self) -> None:
         while self._undo:
             self._undo.pop()()
@@ -171,7 +174,7 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         """TRL's, with the reference scored beforehand by the method above."""
         if self.precompute_ref_logps:
             return super()._compute_loss(model, inputs, return_outputs)
-        scored = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        scored = self.compute_ref_log_probs(self._reference_model(), inputs)
         self.precompute_ref_logps = True
         try:
             known = dict(zip(reference.COLUMNS, scored, strict=True))
@@ -184,7 +187,7 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         self._share_if_equal()  # TRL calls this while it is still being built
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)
-        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        model = self.accelerator.unwrap_model(self._reference_model())
         file = reference.cache_folder() / f"{reference.cache_key(model, dataset, self.args)}.npz"
         if not file.exists():
             columns = reference.token_columns(dataset)
