@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,8 @@ def gpu(cfg: Config) -> Iterator[Check]:
     major, minor = properties.major, properties.minor
     finding = f"{properties.name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
     yield Check(OK, "GPU", finding)
-    yield from several_gpus(torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", 1)))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    yield from several_gpus(torch.cuda.device_count(), processes, gpus_of_the_driver())
     if cfg.dpo.bf16 and major < 8:
         fix = "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true"
         yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}", fix)
@@ -101,13 +103,26 @@ def _no_gpu(cuda: str | None, driver: str | None) -> Check:
                  "nvidia-smi must list one, and CUDA_VISIBLE_DEVICES must not hide it")  # fmt: skip
 
 
-def several_gpus(count: int, processes: int) -> Iterator[Check]:
+LAUNCH = "accelerate launch --config_file configs/accelerate/gpus.yaml -m scripts.training ..."
+
+
+def gpus_of_the_driver() -> int:
+    """How many GPUs `nvidia-smi` lists, whatever CUDA_VISIBLE_DEVICES leaves in sight."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+
+
+def several_gpus(count: int, processes: int, there: int = 0) -> Iterator[Check]:
     """One process trains on one GPU: transformers would spread it over all, which NF4 cannot."""
+    if count == 1 and processes == 1 and there > 1:
+        yield Check(OK, "GPUs", f"one of {there} is used; all of them: {LAUNCH}")
     if count > 1 and processes == 1:
         yield Check(FAIL, "GPUs", f"{count} are visible to one process",
                     "export CUDA_VISIBLE_DEVICES=0 before Python starts, or start one process for "
-                    "each: accelerate launch --config_file configs/accelerate/gpus.yaml -m "
-                    "scripts.training --config ...")  # fmt: skip
+                    "each: " + LAUNCH)  # fmt: skip
 
 
 def triton(cfg: Config) -> Iterator[Check]:

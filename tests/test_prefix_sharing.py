@@ -678,9 +678,11 @@ def adapter(trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("every", [None, 2], ids=["all layers", "every second layer"])
-def test_checkpointing_stays_as_it_is_set_up(tiny_trainer, every):
+@pytest.mark.parametrize("sharing", [True, False], ids=["shared", "TRL's way"])
+def test_checkpointing_stays_as_it_is_set_up(tiny_trainer, every, sharing):
     """No hook piles up on the embeddings, the layers keep their flags, the numbers are the same."""
     common = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 1}
+    common["prefix_sharing"] = sharing
     kwargs = {"use_reentrant": False} | ({"every_n_layers": every} if every else {})
     plain = tiny_trainer(activation_checkpointing=False, **common)
     trainer = tiny_trainer(

@@ -93,6 +93,9 @@ def test_several_gpus_want_several_processes():
     assert line.status == FAIL
     assert "CUDA_VISIBLE_DEVICES=0" in line.fix and "accelerate launch" in line.fix
     assert list(several_gpus(2, 2)) == list(several_gpus(1, 1)) == []
+    (line,) = several_gpus(count=1, processes=1, there=4)
+    assert line.status == OK and "one of 4 is used" in line.finding
+    assert "accelerate launch" in line.finding
 
 
 def test_triton_needs_a_compiler_and_pythons_headers(tmp_path, monkeypatch, tiny_cfg):
