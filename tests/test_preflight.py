@@ -100,7 +100,7 @@ def test_several_gpus_want_several_processes():
 
 def test_triton_needs_a_compiler_and_pythons_headers(tmp_path, monkeypatch, tiny_cfg):
     cfg = load_config(A100, may_lack_gpu=True)
-    (tmp_path / "gcc").write_text("")
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
     (tmp_path / "gcc").chmod(0o755)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
