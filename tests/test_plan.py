@@ -19,6 +19,7 @@ from scripts.cli import ROOT, RecipeError
 from scripts.config import load_config
 from scripts.data import load_preferences
 from scripts.model import load_model, load_tokenizer, resolve_model
+from scripts.plan import report
 from scripts.planning.dataset import dataset_size, kept_checkpoints, trained_pairs, training_steps
 from scripts.planning.flops import step_flops
 from scripts.planning.hardware import (
@@ -486,3 +487,13 @@ def test_an_8_bit_optimiser_of_whole_weights_is_not_halved(llama):
     )
     assert eight["optimiser"] / sizes.trained == pytest.approx(2.03, rel=0.02)
     assert torchs["optimiser"] / sizes.trained == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [({}, None), ({"bf16": False}, "32-bit"), ({"lora_target_modules": ["q_proj"]}, "some proj")],
+)
+def test_the_plan_warns_where_it_is_known_to_be_off(overrides, warned):
+    text = report(planned(A100, **overrides), dataset_size(planned(A100)))
+    assert ("WARNING" in text) == bool(warned)
+    assert (warned or "training alone") in text
