@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.notebook import NotebookProgressCallback
 from trl import DPOTrainer, get_peft_config
-from trl.trainer import dpo_trainer
 
 from scripts.adapter import save_adapter
 from scripts.config import Config, config_from_args
@@ -34,7 +33,7 @@ from scripts.monitoring.folder import start_run
 from scripts.monitoring.steps import RunLog
 from scripts.monitoring.tracking import finish_wandb, start_wandb
 from scripts.sharing.compiler import use_torch_head_without_compiler
-from scripts.sharing.trainer import PrefixSharedDPOTrainer, checkpointing_paused
+from scripts.sharing.trainer import PrefixSharedDPOTrainer
 
 
 @dataclass
@@ -86,9 +85,6 @@ def build_trainer(
         print(remark)
     shared = {"prefix_attention": cfg.recipe.prefix_attention}
     make = partial(PrefixSharedDPOTrainer, **shared) if cfg.recipe.prefix_sharing else DPOTrainer
-    # TRL's own switches checkpointing off and on around each reference pass, which hooks the
-    # embeddings once more every time, and fails with `every_n_layers`.
-    dpo_trainer.disable_gradient_checkpointing = lambda model, *_: checkpointing_paused(model)
     trainer = make(
         model=model,
         ref_model=load_model(cfg, model.config.name_or_path) if second else None,

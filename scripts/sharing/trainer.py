@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftModel
 from trl import DPOTrainer
+from trl.trainer import dpo_trainer
 
 from scripts.sharing import reference
 from scripts.sharing.forward import log_probs_only, share_prefixes
@@ -55,6 +56,10 @@ def checkpointing_paused(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.gradient_checkpointing = True
+
+
+# In place of TRL's own, for its trainer as well as for the one below.
+dpo_trainer.disable_gradient_checkpointing = lambda model, *_: checkpointing_paused(model)
 
 
 class PrefixSharedDPOTrainer(DPOTrainer):
@@ -166,8 +171,8 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def compute_ref_log_probs(self, model, inputs):
-        """TRL's, log-probabilities only, with activation checkpointing left as it is set up."""
-        with log_probs_only(), checkpointing_paused(self.model):
+        """TRL's, log-probabilities only."""
+        with log_probs_only():
             return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
