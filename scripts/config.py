@@ -52,6 +52,14 @@ class RecipeArguments:
     max_new_tokens: AtLeast1 = 256  # cap on a reply when the model is tried before and after
     generation_batch_size: AtLeast1 = 16
     eval_prompts: AtLeast1 | None = None  # try this many held-out prompts (None: all of them)
+    # Try the models on questions about given texts (a file such as data/passages.jsonl), of this
+    # level only, instead of on the prompts of the pairs.
+    questions: str | None = None
+    questions_level: str | None = None
+    side_prompts: int = 60  # with questions: so many of what was trained on, and of two harm checks
+    baselines: bool = False  # also what the base does by other means: asked to be brief, cut ...
+    # {figure: {at_least: ...}} or {at_most: ...}, in place of those set beforehand
+    aims: dict[str, dict[Literal["at_least", "at_most"], float]] | None = None
     # Of the merged model; bfloat16 rounds a small update away.
     merge_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     wandb_project: Annotated[str, Field(min_length=1)] = "llama3-dpo"

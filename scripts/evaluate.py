@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pandas as pd
@@ -34,21 +33,30 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from scripts.adapter import load_adapter, require_adapter
 from scripts.config import Config, config_from_args
 from scripts.generation import Reply, generate_replies
-from scripts.measures.statistics import AIMS, DRAWS, bootstrap
-from scripts.measures.text import are_facts, fact_recall, repeated_ngram_share
+from scripts.measures.grounded import split_sentences
+from scripts.measures.statistics import DRAWS, aims_of, bootstrap
+from scripts.measures.text import repeated_ngram_share
+from scripts.measures.winrate import length_controlled
 from scripts.model import load_model
-from scripts.pairs.tokens import template_options
+from scripts.probes import Probe, main_probe, side_probes
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
 from scripts.training import assemble
 
 # What is measured of each reply, as columns and figures name it, and as the table does.
 MEASURES = {
+    "exact": "right, nothing wrong or made up",
+    "first": "right in the first sentence",
+    "mentioned": "right answer mentioned",
+    "declined": "not in the text, and says so",
+    "refused": "in the text, yet declined",
+    "unsupported": "sentences that the text lacks",
     "length": "reply length (tokens)",
     "finished": "replies that finish",
     "repeated": "repeated 4-grams",
     "base_nll": "base-model loss per token",
     "facts": "key facts mentioned",
+    "follows": "instructions followed",
 }
 PARTIAL = "replies.partial.jsonl"  # in the run folder while the models still reply
 
@@ -133,42 +141,99 @@ def implicit_rewards(logps: dict[str, np.ndarray], beta: float) -> tuple[np.ndar
 
 
 def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.DataFrame]:
-    """Compare policy and base on the held-out `test` pairs.
+    """Compare policy and base: by their replies to held-out prompts, and on the `test` pairs.
 
-    What both models reply goes into the run folder as soon as a model is through, as
+    The prompts are those of the pairs or, with `questions`, questions on held-out passages; then
+    side probes show what was memorised and where harm was done, and `baselines` what the base does
+    by other means. What a model replies goes into the run folder as soon as it is through, as
     `replies.partial.jsonl`, so that a failure on the way costs no more than that model's replies.
 
     Returns:
         The figures as in `evaluation.json` (each with its bootstrap 95% interval), and a frame
-        with one row a prompt: both replies and every measure of each.
+        with one row a prompt: all replies and every measure of each.
     """
     restore_reference(trainer, cfg)
-    picked = pick_prompts(test["prompt"], cfg.recipe.eval_prompts, cfg.dpo.seed)
-    prompts, facts = test[picked]["prompt"], test[picked].get("facts")
-    options = [template_options(test[i]) for i in picked]
-    # A measure only where every prompt lists them, and in the form that the README gives.
-    facts = facts if facts and all(facts) and all(map(are_facts, facts)) else None
-    frame = pd.DataFrame({"prompt": [p[-1]["content"] for p in prompts]})
-    replies = {}
-    for who, answering in (("base", reference(trainer)), ("tuned", nullcontext(trainer.model))):
-        with answering as model:
-            replies[who] = generate_replies(
-                model, trainer.processing_class, prompts, options=options, label=who,
-                max_new_tokens=cfg.recipe.max_new_tokens,
-                batch_size=cfg.recipe.generation_batch_size,
-            )  # fmt: skip
-        _add_measures(frame, who, replies[who], facts)
-        if cfg.is_main_process:
-            cfg.run_dir.mkdir(parents=True, exist_ok=True)
-            _write_lines(frame, cfg.run_dir / PARTIAL)
+    probe = main_probe(cfg, test)
+    frame, replies = _ask_both(trainer, cfg, probe)
     for who, values in _base_nll(trainer, replies).items():
         frame[f"{who}_base_nll"] = values
+    if cfg.recipe.baselines:
+        _ask_baselines(trainer, cfg, probe, frame)
+        if cfg.is_main_process:
+            _write_lines(frame, cfg.run_dir / PARTIAL)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     tokens = trainer.eval_dataset.select_columns(columns).to_list()
     logps = pair_logps(trainer, tokens, max_length=cfg.dpo.max_length)
     # Not `test`'s own: the trainer leaves pairs out whose prompt alone is as long as `max_length`.
     keys = [json.dumps(prompt) for prompt in trainer.eval_dataset["prompt"]]
-    return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta), keys), frame
+    beside = {
+        name: compared(_ask_both(trainer, cfg, side, label=name)[0])
+        for name, side in side_probes(cfg).items()
+    }
+    return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta), keys, beside), frame
+
+
+def _ask_both(
+    trainer: DPOTrainer, cfg: Config, probe: Probe, label: str = ""
+) -> tuple[pd.DataFrame, dict[str, list[Reply]]]:
+    """Replies of base and tuned to the prompts of `probe`, with their measures."""
+    frame = pd.DataFrame({"prompt": [p[-1]["content"] for p in probe.prompts]})
+    for name, values in probe.columns.items():
+        frame[name] = values
+    frame["cluster"] = probe.clusters or [json.dumps(p) for p in probe.prompts]
+    replies = {}
+    for who, answering in (("base", reference(trainer)), ("tuned", nullcontext(trainer.model))):
+        with answering as model:
+            replies[who] = _generate(
+                trainer, cfg, model, probe.prompts, probe.options, f"{label} {who}".strip()
+            )
+        _add_measures(frame, who, replies[who], probe)
+        if cfg.is_main_process and not label:
+            cfg.run_dir.mkdir(parents=True, exist_ok=True)
+            _write_lines(frame, cfg.run_dir / PARTIAL)
+    return frame, replies
+
+
+def _generate(
+    trainer: DPOTrainer, cfg: Config, model: PreTrainedModel, prompts: list, options: list | None,
+    label: str, **decoding: float,
+) -> list[Reply]:  # fmt: skip
+    return generate_replies(
+        model, trainer.processing_class, prompts, options=options, label=label,
+        max_new_tokens=cfg.recipe.max_new_tokens, batch_size=cfg.recipe.generation_batch_size,
+        **decoding,
+    )  # fmt: skip
+
+
+# What the base model does without any training, and is cheaper; a tuning has to beat it.
+BASELINES = {
+    "asked": "base, asked to be brief",
+    "cut": "base, first sentence only",
+    "unrepeated": "base, no 4-gram twice",
+}
+
+
+def _ask_baselines(trainer: DPOTrainer, cfg: Config, probe: Probe, frame: pd.DataFrame) -> None:
+    """Add the replies of the `BASELINES` and their measures to `frame`."""
+    asked = [
+        [*earlier, last | {"content": last["content"] + probe.brief}]
+        for *earlier, last in probe.prompts
+    ]
+    with reference(trainer) as model:
+        _add_measures(
+            frame, "asked", _generate(trainer, cfg, model, asked, probe.options, "asked"), probe
+        )
+        unrepeated = _generate(
+            trainer, cfg, model, probe.prompts, probe.options, "unrepeated", no_repeat_ngram_size=4
+        )
+    _add_measures(frame, "unrepeated", unrepeated, probe)
+    cut = []
+    for text in frame["base"]:
+        text = (split_sentences(text) or [""])[0]
+        ids = trainer.processing_class(text, add_special_tokens=False)["input_ids"]
+        cut.append(Reply(text, ids, finished=False, prompt_ids=[]))
+    _add_measures(frame, "cut", cut, probe)
+    frame["cut_finished"] = True  # by the cut
 
 
 def restore_reference(trainer: DPOTrainer, cfg: Config) -> None:
@@ -186,30 +251,15 @@ def restore_reference(trainer: DPOTrainer, cfg: Config) -> None:
             share_prefixes(trainer.ref_model, trainer.prefix_attention)
 
 
-def pick_prompts(prompts: list[list[dict]], count: int | None, seed: int) -> list[int]:
-    """Rows of `prompts` to reply to, in order: each prompt once, `count` of them drawn by `seed`.
-
-    None, or more than there are, takes all. A prompt that stands in several pairs counts once.
-    """
-    first: dict[str, int] = {}
-    for i, prompt in enumerate(prompts):
-        first.setdefault(json.dumps(prompt), i)
-    rows = list(first.values())
-    if count is None or count >= len(rows):
-        return rows
-    return sorted(Random(seed).sample(rows, count))
-
-
-def _add_measures(frame: pd.DataFrame, who: str, replies: list[Reply], facts: list | None) -> None:
+def _add_measures(frame: pd.DataFrame, who: str, replies: list[Reply], probe: Probe) -> None:
     """Add to `frame` what each of `replies` says, and what its text and tokens measure."""
     frame[who] = [r.text for r in replies]
     frame[f"{who}_length"] = [r.length for r in replies]
     frame[f"{who}_finished"] = [r.finished for r in replies]
     frame[f"{who}_repeated"] = [repeated_ngram_share(r.ids) for r in replies]
-    if facts:
-        frame[f"{who}_facts"] = [
-            fact_recall(r.text, fact) for r, fact in zip(replies, facts, strict=True)
-        ]
+    scores = pd.DataFrame([probe.score(i, r.text) for i, r in enumerate(replies)]).astype(float)
+    for name in scores:
+        frame[f"{who}_{name}"] = scores[name].to_numpy()
 
 
 def _base_nll(trainer: DPOTrainer, replies: dict[str, list[Reply]]) -> dict[str, np.ndarray]:
@@ -230,38 +280,88 @@ def _base_nll(trainer: DPOTrainer, replies: dict[str, list[Reply]]) -> dict[str,
     }
 
 
-def _figures(
-    cfg: Config, frame: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray, prompts: list[str]
-) -> dict:
-    """What `evaluation.json` holds; `prompts` names the prompt of each pair of rewards."""
+def compared(frame: pd.DataFrame, one: str = "base", other: str = "tuned") -> dict[str, dict]:
+    """Each measure of two models' replies, and the change prompt by prompt, with its interval.
+
+    `both_finish` is the change on the prompts to which both give a reply that finishes: a figure
+    that only gained because the other was cut off at the limit shows there.
+    """
+    both = (frame[f"{one}_finished"] & frame[f"{other}_finished"]).to_numpy(bool)
     measures = {}
     for name in MEASURES:
-        if f"base_{name}" in frame:
-            base, tuned = (frame[f"{who}_{name}"].to_numpy(float) for who in ("base", "tuned"))
-            measures[name] = {
-                "base": bootstrap(base),
-                "tuned": bootstrap(tuned),
-                "change": bootstrap(tuned - base),
-            }
+        if f"{one}_{name}" not in frame or f"{other}_{name}" not in frame:
+            continue
+        first, second = (frame[f"{who}_{name}"].to_numpy(float) for who in (one, other))
+        asked = ~np.isnan(first)  # not every measure is of every prompt
+        if not asked.any():
+            continue
+        draw = {"prompts": frame["cluster"][asked]}
+        measures[name] = {
+            one: bootstrap(first[asked], **draw),
+            other: bootstrap(second[asked], **draw),
+            "change": bootstrap((second - first)[asked], **draw),
+        }
+        if (asked & both).any():
+            measures[name]["both_finish"] = bootstrap(
+                (second - first)[asked & both], prompts=frame["cluster"][asked & both]
+            )
+    return measures
+
+
+def checked_wins(frame: pd.DataFrame) -> np.ndarray:
+    """1 where the tuned reply is better by the checker of the questions, 0 where it is worse.
+
+    Better is exact before anything else, then right in the first sentence; all else is a tie, 0.5.
+    """
+    grade = {
+        who: 2 * frame[f"{who}_exact"] + frame[f"{who}_first"].fillna(0)
+        for who in ("base", "tuned")
+    }
+    return (np.sign(grade["tuned"] - grade["base"]).to_numpy() + 1) / 2
+
+
+def _figures(
+    cfg: Config, frame: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray, prompts: list[str],
+    beside: dict[str, dict],
+) -> dict:  # fmt: skip
+    """What `evaluation.json` holds; `prompts` names the prompt of each pair of rewards."""
+    measures = compared(frame)
     base, tuned = frame["base_length"].to_numpy(), frame["tuned_length"].to_numpy()
     whole = {
-        "shorter": bootstrap(base - tuned, per=base.clip(1)),
+        "shorter": bootstrap(base - tuned, per=base.clip(1), prompts=frame["cluster"]),
         # A tie tells nothing, as a coin does: half.
         "reward_accuracy": bootstrap((np.sign(chosen - rejected) + 1) / 2, prompts=prompts),
         "reward_margin": bootstrap(chosen - rejected, prompts=prompts),
     }
     aimed_at = whole | {name: m["change"] for name, m in measures.items()}
-    return {
+    aimed_at["tuned_finished"] = measures["finished"]["tuned"]
+    for name, side in beside.items():
+        aimed_at |= {f"{name}: {measure}": m["change"] for measure, m in side.items()}
+    figures = {
         "prompts": len(frame),
         "pairs": len(chosen),
         "max_new_tokens": cfg.recipe.max_new_tokens,
         "interval": f"bootstrap of prompts (with all their pairs), 95%, {DRAWS} draws",
         **whole,
         "measures": measures,
+        "beside": beside,
+        "baselines": {
+            label: compared(frame, who, "tuned") for who, label in BASELINES.items() if who in frame
+        },
         "targets": {
-            aim.text: aim.verdict(aimed_at[aim.figure]) for aim in AIMS if aim.figure in aimed_at
+            aim.text: aim.verdict(aimed_at[aim.figure])
+            for aim in aims_of(cfg.recipe.aims, "exact" in measures)
+            if aim.figure in aimed_at
         },
     }
+    if "exact" in measures:
+        figures["interval"] = (
+            f"bootstrap of passages (with all their questions), 95%, {DRAWS} draws"
+        )
+        figures["win_rate"] = {
+            "judge": "the checker that measures exact answers, which also ranked the pairs"
+        } | length_controlled(checked_wins(frame), tuned, base, frame["cluster"])
+    return figures
 
 
 def save_evaluation(figures: dict, frame: pd.DataFrame, run_dir: Path) -> None:
@@ -276,28 +376,51 @@ def _write_lines(frame: pd.DataFrame, path: Path) -> None:
     frame.to_json(path, orient="records", lines=True, force_ascii=False)
 
 
+def _show(value: dict, signed: bool = False) -> str:
+    sign, digits = "+" if signed else "", 1 if abs(value["mean"]) >= 10 else 2
+    ends = [value["low"], value["high"]]
+    mean, *ends = (f"{x:{sign}.{digits}f}" for x in [value["mean"], *ends] if x is not None)
+    return f"{mean} [{', '.join(ends) or 'one prompt'}]"
+
+
+def measures_table(measures: dict) -> pd.DataFrame:
+    """Base, tuned, the change with its 95% interval, and the change where both replies finish."""
+    rows = {}
+    for name, label in MEASURES.items():
+        if name in measures:
+            m = measures[name]
+            rows[label] = {"base": _show(m["base"]), "tuned": _show(m["tuned"])}
+            rows[label]["change"] = _show(m["change"], signed=True)
+            both = m.get("both_finish")
+            rows[label]["change where both finish"] = _show(both, signed=True) if both else ""
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def evaluation_table(figures: dict) -> pd.DataFrame:
     """The figures as one table: base, tuned, and the change with its 95% interval."""
-
-    def show(value: dict, signed: bool = False) -> str:
-        sign, digits = "+" if signed else "", 1 if abs(value["mean"]) >= 10 else 2
-        ends = [value["low"], value["high"]]
-        mean, *ends = (f"{x:{sign}.{digits}f}" for x in [value["mean"], *ends] if x is not None)
-        return f"{mean} [{', '.join(ends) or 'one prompt'}]"
-
-    rows = {
-        label: {
-            "base": show(figures["measures"][name]["base"]),
-            "tuned": show(figures["measures"][name]["tuned"]),
-            "change": show(figures["measures"][name]["change"], signed=True),
-        }
-        for name, label in MEASURES.items()
-        if name in figures["measures"]
-    }
+    table = measures_table(figures["measures"])
     # Before training every implicit reward is 0: each pair is a tie, and there is no margin.
-    rows["implicit-reward accuracy"] = {"base": "0.50", "tuned": show(figures["reward_accuracy"])}
-    rows["implicit-reward margin (nats)"] = {"base": "0", "tuned": show(figures["reward_margin"])}
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("")
+    rewards = {
+        "implicit-reward accuracy": {"base": "0.50", "tuned": _show(figures["reward_accuracy"])},
+        "implicit-reward margin (nats)": {"base": "0", "tuned": _show(figures["reward_margin"])},
+    }
+    return pd.concat([table, pd.DataFrame.from_dict(rewards, orient="index")]).fillna("")
+
+
+# Columns of the table of baselines: what a reply should be.
+COMPARED = ("exact", "first", "mentioned", "declined", "facts", "length", "finished", "repeated")
+
+
+def baselines_table(figures: dict) -> pd.DataFrame:
+    """What the base does by other means, beside the base as it is and the tuned model."""
+    measures = figures["measures"]
+    names = [name for name in COMPARED if name in measures]
+    rows = {"base": {MEASURES[n]: _show(measures[n]["base"]) for n in names}}
+    for label, against in figures["baselines"].items():
+        (who,) = (w for w, text in BASELINES.items() if text == label)
+        rows[label] = {MEASURES[n]: _show(against[n][who]) for n in names}
+    rows["tuned with DPO"] = {MEASURES[n]: _show(measures[n]["tuned"]) for n in names}
+    return pd.DataFrame.from_dict(rows, orient="columns")
 
 
 def side_by_side(frame: pd.DataFrame, rows: int = 6, clip: int = 400) -> str:

@@ -39,22 +39,26 @@ def generate_replies(
     batch_size: int,
     options: list[dict] | None = None,
     label: str | None = "replies",
-    **sampling: float,
+    **decoding: float,
 ) -> list[Reply]:
     """Reply to each prompt (a list of messages), in the prompts' order.
 
     Greedy decoding, so that two models' replies differ because of the models and not by chance;
-    with a `temperature` and `top_p` in `sampling`, replies are drawn instead. A reply ends at any
+    with a `temperature` and `top_p` in `decoding`, replies are drawn instead; what else is there
+    goes to transformers' `GenerationConfig`. A reply ends at any
     of the tokens that end a turn (`end_tokens`). Prompts are batched by length and padded on the
     left. `options` are the `template_options` of the rows that the prompts come from. `label`
     heads the lines that show the progress (None: no lines).
     """
     stops = sorted(end_tokens(tokenizer, model.generation_config))
-    drawn = sampling.get("temperature", 0) > 0  # at 0 the likeliest token is all there is
+    drawn = decoding.get("temperature", 0) > 0  # at 0 the likeliest token is all there is
+    if drawn:
+        decoding = {"top_k": 0} | decoding
+    else:  # without these two, which only drawing knows
+        decoding = {k: v for k, v in decoding.items() if k not in ("temperature", "top_p")}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=drawn, use_cache=True,
-        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id,
-        **({"top_k": 0} | sampling if drawn else {}),
+        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **decoding,
     )  # fmt: skip
     rows = tokenize_prompts(prompts, tokenizer, options)
     texts = tokenizer.batch_decode(rows)

@@ -7,7 +7,7 @@ import json
 from itertools import cycle, islice
 from pathlib import Path
 
-lines = (Path(__file__).parent.parent / "data" / "train.jsonl").open(encoding="utf-8")
+lines = (Path(__file__).parent.parent / "data" / "concise" / "train.jsonl").open(encoding="utf-8")
 rows = [json.loads(line) for line in lines]
 for number, row in enumerate(islice(cycle(rows), 100_000)):
     prompt = f"{number}: {row['prompt'][0]['content']}"

@@ -32,7 +32,10 @@ WORDS_OF_NO_WEIGHT = set(
 
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, list[dict]]:
-    return {split: read_jsonl(ROOT / "data" / f"{split}.jsonl") for split in ("train", "test")}
+    return {
+        split: read_jsonl(ROOT / "data" / "concise" / f"{split}.jsonl")
+        for split in ("train", "test")
+    }
 
 
 def test_enough_pairs_ship(shipped):
@@ -64,8 +67,8 @@ def test_no_held_out_prompt_is_near_a_training_one(shipped):
         assert nearest < 0.5, (row["prompt"], nearest)
 
 
-def test_default_config_loads_the_shipped_pairs(tiny_cfg, shipped):
-    pairs = load_preferences(tiny_cfg(dataset_name="data"))
+def test_the_shipped_pairs_load(tiny_cfg, shipped):
+    pairs = load_preferences(tiny_cfg(dataset_name="data/concise"))
     assert {k: len(v) for k, v in pairs.items()} == {k: len(v) for k, v in shipped.items()}
     assert pairs["test"][0]["prompt"] == shipped["test"][0]["prompt"]
     assert pairs["test"][0]["facts"] == shipped["test"][0]["facts"]

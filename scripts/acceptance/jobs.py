@@ -60,9 +60,10 @@ def prepare(config: str, given: dict, folder: str, cuda: bool) -> dict:
         shape = architecture(cfg).to_dict()
         shape = {key: shape[key] for key in TINY}
         overrides["model_name_or_path"] = random_model(shape, Path(folder), "cuda")
-    if cuda and cfg.script.dataset_name != "data" and not reachable(cfg.script.dataset_name):
+    data = cfg.script.dataset_name
+    if cuda and not data.startswith("data/") and not reachable(data):
         notes.append("the project's own pairs")
-        overrides |= {"dataset_name": "data", "dataset_format": "auto"}
+        overrides |= {"dataset_name": "data/concise", "dataset_format": "auto"}
     return {"overrides": overrides, "note": ", ".join(notes)}
 
 

@@ -49,6 +49,37 @@ AIMS = (
 )
 
 
+# Of questions on a given text, where right and wrong can be checked.
+QUESTION_AIMS = (
+    Aim("exact", "exact answers up by at least 0.20", at_least=0.20),
+    Aim("first", "right in the first sentence up by at least 0.10", at_least=0.10),
+    Aim("mentioned", "right answers mentioned fall by no more than 0.03", at_least=-0.03),
+    Aim("shorter", "replies at least 50% shorter", at_least=0.50),
+    Aim("tuned_finished", "at least 0.90 of the replies finish", at_least=0.90),
+    Aim("reward_accuracy", "implicit-reward accuracy at least 0.75", at_least=0.75),
+    Aim("plain questions: facts", "key facts of plain questions fall by no more than 0.10",
+        at_least=-0.10),
+    Aim("instructions: follows", "instructions followed fall by no more than 0.10",
+        at_least=-0.10),
+)  # fmt: skip
+
+
+BOUNDS = {"at_least": "at least", "at_most": "at most"}
+
+
+def aims_of(given: dict[str, dict[str, float]] | None, questions: bool) -> tuple[Aim, ...]:
+    """The aims of a run: those its config gives, else the ones set beforehand for its data.
+
+    `given` is `{figure: {"at_least": ...}}` or `{figure: {"at_most": ...}}`.
+    """
+    if given is None:
+        return QUESTION_AIMS if questions else AIMS
+    return tuple(
+        Aim(figure, f"{figure} " + " and ".join(f"{BOUNDS[k]} {v:g}" for k, v in b.items()), **b)
+        for figure, b in given.items()
+    )
+
+
 def bootstrap(
     values: Sequence[float],
     *,

@@ -31,10 +31,14 @@ def fact_recall(text: str, facts: list[list[str]]) -> float:
     boundary ("rotat" finds "rotates", "ice" does not find "nice"), and a number must stand alone.
     It is a check that content is still there, not that every sentence is true.
     """
-    mentioned = [any(_mentions(text, spelling) for spelling in fact) for fact in facts]
+    mentioned = [any(mentions(text, spelling) for spelling in fact) for fact in facts]
     return sum(mentioned) / len(mentioned) if mentioned else 1.0
 
 
-def _mentions(text: str, spelling: str) -> bool:
-    end = r"(?!\d)" if spelling[-1].isdigit() else ""
-    return re.search(rf"(?<![\w^]){re.escape(spelling)}{end}", text, re.IGNORECASE) is not None
+def mentions(text: str, spelling: str) -> bool:
+    """Whether `spelling` stands in `text`, from a word's beginning on; a number stands alone."""
+    start = r"(?<!\d[.,:])" if spelling[0].isdigit() else ""
+    end = r"(?![.,:]?\d)" if spelling[-1].isdigit() else ""
+    return (
+        re.search(rf"(?<![\w^]){start}{re.escape(spelling)}{end}", text, re.IGNORECASE) is not None
+    )

@@ -1,0 +1,139 @@
+"""What the models are tried on: prompts, and what is measured of a reply beyond its form.
+
+A probe of preference pairs asks their held-out prompts and looks for the key facts that they list.
+A probe of questions asks about given texts, where right and wrong can be checked. Two more ask
+whether a tuning did harm elsewhere: plain questions without a text, and verifiable instructions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import nan
+from random import Random
+
+from datasets import Dataset
+
+from scripts.config import ROOT, Config
+from scripts.measures import grounded, instructions
+from scripts.measures.text import are_facts, fact_recall
+from scripts.pairs.formats import Messages
+from scripts.pairs.passages import ask, read_questions
+from scripts.pairs.tokens import template_options
+
+
+@dataclass
+class Probe:
+    """Prompts for both models. `score(i, text)` are the measures of a reply to prompt `i`."""
+
+    prompts: list[Messages]
+    score: Callable[[int, str], dict[str, float]]
+    options: list[dict] | None = None  # for the chat template: tools and the like
+    clusters: list[str] | None = None  # what an interval draws, if not the prompt: its passage
+    columns: dict[str, list] = field(default_factory=dict)  # beside the replies
+    brief: str = " Answer in one or two short sentences."  # what a user would ask for instead
+
+
+def of_pairs(cfg: Config, test: Dataset) -> Probe:
+    """The held-out prompts of the pairs, `eval_prompts` of them; each once."""
+    picked = pick_prompts(test["prompt"], cfg.recipe.eval_prompts, cfg.dpo.seed)
+    rows = test[picked]
+    facts = rows.get("facts")
+    # A measure only where every prompt lists them, and in the form that the README gives.
+    facts = facts if facts and all(facts) and all(map(are_facts, facts)) else None
+    return Probe(
+        rows["prompt"],
+        lambda i, text: {"facts": fact_recall(text, facts[i])} if facts else {},
+        options=[template_options(test[i]) for i in picked],
+    )
+
+
+def of_questions(rows: list[dict]) -> Probe:
+    """Questions on passages, as `read_questions` gives them. Intervals draw passages."""
+
+    def score(i: int, text: str) -> dict[str, float]:
+        verdict = grounded.check(text, rows[i]["passage"], rows[i])
+        answerable = rows[i]["answerable"]
+        return {
+            "exact": verdict.exact,
+            "first": verdict.first if answerable else nan,
+            "mentioned": verdict.mentioned if answerable else nan,
+            "declined": nan if answerable else verdict.right,
+            "refused": verdict.declined if answerable else nan,
+            "unsupported": verdict.unsupported / max(verdict.sentences, 1),
+        }
+
+    kept = ("id", "passage", "question", "answerable", "accept")
+    return Probe(
+        [ask(row) for row in rows],
+        score,
+        clusters=[row["passage_id"] for row in rows],
+        columns={key: [row[key] for row in rows] for key in kept},
+        brief=" Answer in one short sentence, using only the text above.",
+    )
+
+
+def of_plain_questions(count: int | None, seed: int) -> Probe:
+    """Held-out questions of data/prompts.jsonl, without a text, and their key facts."""
+    rows = [r for r in _lines("prompts.jsonl") if r["split"] == "test"]
+    rows = [rows[i] for i in drawn(len(rows), count, seed)]
+    return Probe(
+        [[{"role": "user", "content": row["prompt"]}] for row in rows],
+        lambda i, text: {"facts": fact_recall(text, rows[i]["facts"])},
+    )
+
+
+def of_instructions(count: int | None, seed: int) -> Probe:
+    """The verifiable instructions of data/instructions.jsonl."""
+    rows = _lines("instructions.jsonl")
+    rows = [rows[i] for i in drawn(len(rows), count, seed)]
+    return Probe(
+        [[{"role": "user", "content": row["prompt"]}] for row in rows],
+        lambda i, text: {"follows": instructions.follows(text, rows[i]["checks"])},
+    )
+
+
+def main_probe(cfg: Config, test: Dataset) -> Probe:
+    """What the table of before and after is made of."""
+    if cfg.recipe.questions is None:
+        return of_pairs(cfg, test)
+    rows = read_questions(ROOT / cfg.recipe.questions, "test", cfg.recipe.questions_level)
+    return of_questions([rows[i] for i in drawn(len(rows), cfg.recipe.eval_prompts, cfg.dpo.seed)])
+
+
+def side_probes(cfg: Config) -> dict[str, Probe]:
+    """Beside the main one: what was trained on, against memorising, and where harm would show."""
+    count, seed = cfg.recipe.side_prompts, cfg.dpo.seed
+    if cfg.recipe.questions is None or not count:
+        return {}
+    rows = read_questions(ROOT / cfg.recipe.questions, "train", cfg.recipe.questions_level)
+    return {
+        "passages trained on": of_questions([rows[i] for i in drawn(len(rows), count, seed)]),
+        "plain questions": of_plain_questions(count, seed),
+        "instructions": of_instructions(count, seed),
+    }
+
+
+def pick_prompts(prompts: list[list[dict]], count: int | None, seed: int) -> list[int]:
+    """Rows of `prompts` to reply to, in order: each prompt once, `count` of them drawn by `seed`.
+
+    None, or more than there are, takes all. A prompt that stands in several pairs counts once.
+    """
+    first: dict[str, int] = {}
+    for i, prompt in enumerate(prompts):
+        first.setdefault(json.dumps(prompt), i)
+    rows = list(first.values())
+    return [rows[i] for i in drawn(len(rows), count, seed)]
+
+
+def drawn(total: int, count: int | None, seed: int) -> list[int]:
+    """`count` of `total` indices in order, drawn by `seed`; all of them if that is not fewer."""
+    if count is None or count >= total:
+        return list(range(total))
+    return sorted(Random(seed).sample(range(total), count))
+
+
+def _lines(name: str) -> list[dict]:
+    with (ROOT / "data" / name).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
