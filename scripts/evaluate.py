@@ -36,7 +36,7 @@ from scripts.config import Config, config_from_args
 from scripts.generation import Reply, generate_replies
 from scripts.measures.statistics import AIMS, DRAWS, bootstrap
 from scripts.measures.text import are_facts, fact_recall, repeated_ngram_share
-from scripts.model import load_model
+from scripts.model import free_memory, load_model
 from scripts.pairs.tokens import template_options
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
@@ -142,6 +142,7 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
         The figures as in `evaluation.json` (each with its bootstrap 95% interval), and a frame
         with one row a prompt: both replies and every measure of each.
     """
+    free_memory()  # what training has let go of; of other sizes, it would lie beside what follows
     restore_reference(trainer, cfg)
     picked = pick_prompts(test["prompt"], cfg.recipe.eval_prompts, cfg.dpo.seed)
     prompts, facts = test[picked]["prompt"], test[picked].get("facts")

@@ -45,6 +45,7 @@ from scripts.planning.machine import (
 )
 from scripts.planning.memory import (
     GB,
+    HELD,
     ModelSizes,
     architecture,
     merged_bytes,
@@ -185,8 +186,7 @@ def _room(needed: dict[str, float], cuda: bool) -> Check:
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     phase = max(needed, key=needed.get)
     finding = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
-    # A step is planned to a tenth; over many of them a CPU's heap comes to hold half as much again.
-    spare = 1.1 if cuda else 1.5
+    spare = 1.1 if cuda else HELD  # a step is planned to a tenth
     must = max(size for name, size in needed.items() if name != "merge")  # that can go on a CPU
     status = OK if needed[phase] * spare < free / GB else WARN if must < free / GB else FAIL
     fix = "" if status == OK else "python -m scripts.plan names the first change that would fit"

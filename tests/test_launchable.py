@@ -508,7 +508,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(api, body):
     ("header", "back", "asked"),
     [
         ("600", "come back in 600 s", 1),  # longer than it waits
-        (formatdate(time.time() + 7200, usegmt=True), r"come back in 7[12]\d\d s", 1),
+        ("in two hours", r"come back in 7[12]\d\d s", 1),  # told as a date
         ("soon", "come back in a few minutes", 4),
         ("-5", "come back in a few minutes", 4),
         (None, "come back in a few minutes", 4),
@@ -516,6 +516,8 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(api, body):
 )
 def test_a_rate_limit_that_lasts_is_told_as_one(api, body, header, back, asked):
     seen = []
+    if header == "in two hours":
+        header = formatdate(time.time() + 7200, usegmt=True)
 
     def say(path, sent):
         if "validation" in path:
