@@ -72,7 +72,7 @@ def report(cfg: Config, data: DatasetSize) -> str:
     if not cuda:
         lines.append(
             "(over batches of varying length the process comes to hold up to half as much again as "
-            f"a step takes, {HELD * memory.loc['peak', 'step']:.1f} GB, until the evaluation begins)"
+            f"a step takes, {HELD * memory.loc['peak', 'step']:.1f} GB, until the evaluation)"
         )
     if cuda and (odd := _unsimulated(cfg)):
         lines.append(f"(WARNING: {odd} was not held against a simulation)")
