@@ -247,6 +247,7 @@ RECOMPUTED = {"activation_checkpointing": True}
 SIMULATED_WITH = [
     ({"bf16": False}, 70.10),
     ({"bf16": False} | RECOMPUTED, 10.33),
+    ({"bf16": False, "prefix_sharing": False}, 82.24),
     (SOME, 38.00),
     (SOME | RECOMPUTED, 8.80),
     (SOME | {"prefix_sharing": False}, 45.60),

@@ -34,6 +34,7 @@ CARDS = {
     "H100": Card(major=9, processors=132),
 }
 TRL = ["prefix_sharing=false"]
+SOME = ["lora_target_modules=[q_proj, v_proj]"]
 BATCH2 = ["per_device_train_batch_size=2", "activation_checkpointing=true"]
 BATCH8 = ["per_device_train_batch_size=8", "activation_checkpointing=true"]
 # config, overrides, card
@@ -47,6 +48,9 @@ CASES = [
     (RANK416, TRL, "A100"),
     (A100, BATCH2, "A100-40"),
     (A100, BATCH8, "A100-40"),
+    (A100, ["bf16=false"], "A100"),
+    (A100, SOME, "A100"),
+    (A100, SOME + TRL, "A100"),
 ]
 ALLOWED = 0.05
 # The parts of both, where simulation and plan do not divide alike.
