@@ -74,8 +74,8 @@ def report(cfg: Config, data: DatasetSize) -> str:
             "(over batches of varying length the process comes to hold up to half as much again as "
             f"a step takes, {HELD * memory.loc['peak', 'step']:.1f} GB, until the evaluation)"
         )
-    if cuda and (odd := _unsimulated(cfg)):
-        lines.append(f"(WARNING: {odd} was not held against a simulation)")
+    if cuda and weight_bytes(cfg) == 4:
+        lines.append("(WARNING: with dtype: float32 a step was not held against a simulation)")
     if cuda:
         lines += [
             f"\ntraining alone, at {table()['utilisation']:.0%} of each GPU's dense 16-bit rate\n"
@@ -83,16 +83,6 @@ def report(cfg: Config, data: DatasetSize) -> str:
             time_table(cfg, sizes, config, pairs, data.usual).to_string(),
         ]
     return "\n".join(lines)
-
-
-def _unsimulated(cfg: Config) -> str:
-    """The settings of a step on a GPU that no simulation has shown."""
-    odd = ["dtype: float32"] if weight_bytes(cfg) == 4 else []
-    if cfg.model.load_in_8bit:
-        odd.append("load_in_8bit: true")
-    if not cfg.model.use_peft:
-        odd.append("use_peft: false")
-    return " with ".join(odd)
 
 
 def _generation(cfg: Config) -> list[str]:

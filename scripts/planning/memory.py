@@ -203,6 +203,11 @@ def attention_bytes(sizes: ModelSizes, lengths: tuple[int, int, int], pairs: int
     return pairs * (2 * sizes.heads * seen + shared)
 
 
+def read_bytes(sizes: ModelSizes) -> int:
+    """Bytes a token has in one layer as the input of its linear layers, in 16 bits."""
+    return 2 * (2 * sizes.width + sizes.attention_width + sizes.mlp_width)
+
+
 def input_bytes(cfg: Config, sizes: ModelSizes) -> float:
     """Bytes a token leaves in one layer as the input of what is trained there.
 
@@ -220,17 +225,17 @@ def input_bytes(cfg: Config, sizes: ModelSizes) -> float:
     kept = word * (own + sizes.rank * sum(sizes.adapted.values()))
     if not cfg.model.load_in_8bit:
         return kept
-    layers = 2 * sum(widths.values())
-    return kept + layers - (2 * own if word == 2 else 0)
+    return kept + read_bytes(sizes) - (2 * own if word == 2 else 0)
 
 
 def layer_bytes(cfg: Config, sizes: ModelSizes) -> float:
     """Bytes a token leaves in one layer for the backward pass, attention's own aside.
 
-    Two norms keep their input in float32 (8 d); gate, its activation and up are kept in 16 bits
-    (6 f); and the inputs of what is trained.
+    Two norms keep their input in float32 (8 d), and where they are trained their result in 16 bits
+    (4 d); gate, its activation and up are kept in 16 bits (6 f); and the inputs of what is trained.
     """
-    return 8 * sizes.width + 6 * sizes.mlp_width + input_bytes(cfg, sizes)
+    norms = (8 if sizes.rank else 12) * sizes.width
+    return norms + 6 * sizes.mlp_width + input_bytes(cfg, sizes)
 
 
 def kept_by_a_layer(
@@ -272,6 +277,8 @@ def gpu_pass(cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int]) -> G
     width, mlp = sizes.width, sizes.mlp_width
     widest = max(2 * mlp * tokens, 2 * width * mlp)
     head = min(answers, 4096) * 65_536 + 8 * width * answers
+    if not sizes.rank:  # the head's gradient, in float32 and as it is kept, and the last norm
+        head += 6 * sizes.vocabulary * width + 6 * width * tokens
     # The gradients of gate, up and their product; that of down's input takes its place.
     fresh = 2 * mlp * (1 - sizes.adapted["down_proj"]) + 2 * mlp + 2 * width
     if adapter_word(cfg, sizes) == 4:
@@ -279,7 +286,11 @@ def gpu_pass(cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int]) -> G
     backward = max(tokens * fresh + widest, head)
     if not checkpointing(cfg):
         backward = max(backward, 20 * width * tokens)  # the last norm's
-    return GpuPass(tokens * (4 * mlp + 8 * width) + widest, backward)
+    forward = tokens * (4 * mlp + 8 * width) + widest
+    if cfg.model.load_in_8bit:  # sums in 32 bits, scaled in float16 and copied to bfloat16
+        forward = tokens * (10 * mlp + 9 * width)
+        backward = max(backward, tokens * (5 * mlp + 4 * width))  # down's input, read once more
+    return GpuPass(forward, backward)
 
 
 def passing_bytes(sizes: ModelSizes, tokens: int) -> float:
@@ -366,6 +377,8 @@ def _step(
     # Either the backward pass, in which one layer's activations are there anew, or the end of the
     # forward pass, which has kept the copies of every A.
     again = max(layer + gpu.backward + copies / sizes.layers, gpu.forward + copies / 2)
+    if cfg.model.load_in_8bit:  # bitsandbytes keeps these where checkpointing does not see them
+        inputs += sizes.layers * tokens * read_bytes(sizes)
     return {"activations": inputs, "passing": again}
 
 
