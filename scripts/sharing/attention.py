@@ -149,7 +149,7 @@ def dense_mask(row: SharedRow) -> torch.Tensor:
 @cache
 def compiled_block_mask() -> Callable:
     """torch's `create_block_mask`, which compiled writes no (T, T) mask out; one kernel for all
-    lengths."""
+    lengths of more than one block."""
     return torch.compile(create_block_mask, dynamic=True)
 
 
