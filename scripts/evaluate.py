@@ -37,7 +37,7 @@ from scripts.measures.grounded import split_sentences
 from scripts.measures.statistics import DRAWS, aims_of, bootstrap
 from scripts.measures.text import repeated_ngram_share
 from scripts.measures.winrate import length_controlled
-from scripts.model import load_model
+from scripts.model import free_memory, load_model
 from scripts.probes import Probe, main_probe, side_probes
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
@@ -152,6 +152,7 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
         The figures as in `evaluation.json` (each with its bootstrap 95% interval), and a frame
         with one row a prompt: all replies and every measure of each.
     """
+    free_memory()  # what training has let go of; of other sizes, it would lie beside what follows
     restore_reference(trainer, cfg)
     probe = main_probe(cfg, test)
     frame, replies = _ask_both(trainer, cfg, probe)

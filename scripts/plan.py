@@ -29,7 +29,14 @@ from scripts.planning.dataset import (
 )
 from scripts.planning.hardware import checkpoint_bytes, memory_table, on_gpu, time_table
 from scripts.planning.lengths import Lengths, parse_case, worst_lengths
-from scripts.planning.memory import GB, PAGED, architecture, model_sizes
+from scripts.planning.memory import (
+    GB,
+    HELD,
+    PAGED,
+    architecture,
+    model_sizes,
+    weight_bytes,
+)
 from scripts.planning.table import table
 
 
@@ -62,8 +69,13 @@ def report(cfg: Config, data: DatasetSize) -> str:
             f"({PAGED}: managed memory, which torch does not count, and which moves to main memory "
             "when the GPU is full)"
         )
-    if cuda and (odd := _unsimulated(cfg)):
-        lines.append(f"(WARNING: with {odd} a step was a quarter to a third off in a simulation)")
+    if not cuda:
+        lines.append(
+            "(over batches of varying length the process comes to hold up to half as much again as "
+            f"a step takes, {HELD * memory.loc['peak', 'step']:.1f} GB, until the evaluation)"
+        )
+    if cuda and weight_bytes(cfg) == 4:
+        lines.append("(WARNING: with dtype: float32 a step was not held against a simulation)")
     if cuda:
         lines += [
             f"\ntraining alone, at {table()['utilisation']:.0%} of each GPU's dense 16-bit rate\n"
@@ -71,18 +83,6 @@ def report(cfg: Config, data: DatasetSize) -> str:
             time_table(cfg, sizes, config, pairs, data.usual).to_string(),
         ]
     return "\n".join(lines)
-
-
-def _unsimulated(cfg: Config) -> str:
-    """The settings for which the formula is known to be off: it counts 16-bit activations, and an
-    adapter on all seven projections."""
-    odd = [] if cfg.dpo.bf16 or cfg.dpo.fp16 else ["32-bit activations"]
-    targets = cfg.model.lora_target_modules
-    if cfg.model.use_peft and isinstance(targets, list) and len(targets) < 7:
-        odd.append("an adapter on some projections only")
-    if cfg.model.load_in_8bit:
-        odd.append("weights in 8 bits")
-    return " and ".join(odd)
 
 
 def _generation(cfg: Config) -> list[str]:

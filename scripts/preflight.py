@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +36,16 @@ from scripts.monitoring.quiet import quiet
 from scripts.monitoring.tracking import has_wandb_key
 from scripts.planning.dataset import dataset_size, kept_checkpoints, training_steps
 from scripts.planning.hardware import checkpoint_bytes, needs, on_gpu
-from scripts.planning.machine import driver_version, needed_driver
+from scripts.planning.machine import (
+    DriverError,
+    driver_branch,
+    driver_version,
+    gpus_of_the_driver,
+    needed_driver,
+)
 from scripts.planning.memory import (
     GB,
+    HELD,
     ModelSizes,
     architecture,
     merged_bytes,
@@ -72,14 +78,22 @@ def gpu(cfg: Config) -> Iterator[Check]:
         yield Check(OK, "device", f"CPU, {torch.get_num_threads()} threads, as the config says")
         return
     if not torch.cuda.is_available():
-        yield _no_gpu(torch.version.cuda, driver_version())
+        try:
+            yield _no_gpu(torch.version.cuda, driver_version())
+        except DriverError as error:
+            yield Check(FAIL, "GPU", str(error), "the driver must work before torch can use a GPU: "
+                        "restart the machine, or install the driver anew")  # fmt: skip
         return
     properties = torch.cuda.get_device_properties(0)
     major, minor = properties.major, properties.minor
     finding = f"{properties.name}, compute capability {major}.{minor}, CUDA {torch.version.cuda}"
     yield Check(OK, "GPU", finding)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    yield from several_gpus(torch.cuda.device_count(), processes, gpus_of_the_driver())
+    try:
+        there = len(gpus_of_the_driver())
+    except DriverError:  # torch sees a GPU all the same
+        there = 0
+    yield from several_gpus(torch.cuda.device_count(), processes, there)
     if cfg.dpo.bf16 and major < 8:
         fix = "an Ampere or newer GPU (A100, A10, L4), or bf16: false and fp16: true"
         yield Check(FAIL, "bfloat16", f"not on compute capability {major}.{minor}", fix)
@@ -94,8 +108,8 @@ def _no_gpu(cuda: str | None, driver: str | None) -> Check:
     if cuda is None:
         return Check(FAIL, "GPU", f"driver {driver}, but this torch is built for the CPU",
                      "remove it and run bash scripts/setup.sh again")  # fmt: skip
-    needed = needed_driver(cuda)
-    if needed and int(driver.split(".")[0]) < needed:
+    needed, branch = needed_driver(cuda), driver_branch(driver)
+    if needed and branch and branch < needed:
         return Check(FAIL, "GPU", f"driver {driver} is too old for CUDA {cuda} of this torch",
                      f"a driver of {needed} or newer, or a torch built for an older CUDA "
                      "(https://pytorch.org/get-started)")  # fmt: skip
@@ -104,15 +118,6 @@ def _no_gpu(cuda: str | None, driver: str | None) -> Check:
 
 
 LAUNCH = "accelerate launch --config_file configs/accelerate/gpus.yaml -m scripts.training ..."
-
-
-def gpus_of_the_driver() -> int:
-    """How many GPUs `nvidia-smi` lists, whatever CUDA_VISIBLE_DEVICES leaves in sight."""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
 
 
 def several_gpus(count: int, processes: int, there: int = 0) -> Iterator[Check]:
@@ -181,8 +186,7 @@ def _room(needed: dict[str, float], cuda: bool) -> Check:
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     phase = max(needed, key=needed.get)
     finding = f"{free / GB:.1f} GB free, {needed[phase]:.1f} GB planned (in {phase})"
-    # A step is planned to a tenth; over many of them a CPU's heap comes to hold half as much again.
-    spare = 1.1 if cuda else 1.5
+    spare = 1.1 if cuda else HELD  # a step is planned to a tenth
     must = max(size for name, size in needed.items() if name != "merge")  # that can go on a CPU
     status = OK if needed[phase] * spare < free / GB else WARN if must < free / GB else FAIL
     fix = "" if status == OK else "python -m scripts.plan names the first change that would fit"

@@ -8,11 +8,11 @@ a GPU, also multiplies by that matrix and launches the head's Triton kernel on i
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
+
+from scripts.planning.machine import gpus_of_the_driver
 
 LIBRARIES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb",
@@ -24,7 +24,8 @@ def selfcheck() -> str:
     """One line that says what works.
 
     Raises:
-        RuntimeError: a library cannot be imported, or NF4 does not come back as it went in.
+        RuntimeError: a library cannot be imported, the driver or a GPU of it cannot be used, or
+            NF4 does not come back as it went in.
     """
     for name in LIBRARIES:
         try:
@@ -34,9 +35,9 @@ def selfcheck() -> str:
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    if not torch.cuda.is_available() and (name := gpu_of_the_driver()):
+    if not torch.cuda.is_available() and (gpus := gpus_of_the_driver()):
         raise RuntimeError(
-            f"nvidia-smi lists {name}, but torch {version('torch')} (CUDA: "
+            f"nvidia-smi lists {gpus[0]}, but torch {version('torch')} (CUDA: "
             f"{torch.version.cuda or 'none, a CPU build'}) cannot use it: the driver is too old "
             "for that CUDA, or the container was started without the GPU"
         )
@@ -53,25 +54,6 @@ def selfcheck() -> str:
         check_nf4_product(packed, state, restored)
         remark = check_head(torch.device(device))
     return f"setup: torch {version('torch')}, trl {version('trl')}, NF4 works on {place}{remark}"
-
-
-def gpu_of_the_driver() -> str | None:
-    """The first GPU that `nvidia-smi` lists, or None where there is no such command or no GPU.
-
-    Raises:
-        RuntimeError: there is a driver, and it does not work.
-    """
-    if not shutil.which("nvidia-smi"):
-        return None
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError("nvidia-smi does not answer: restart the machine's driver") from None
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    if done.returncode == 0 or done.returncode == 6:  # 6: a driver, and no GPU
-        return lines[0].split(" (")[0] if done.returncode == 0 and lines else None
-    reason = lines[0] if lines else f"exit code {done.returncode}"
-    raise RuntimeError(f"nvidia-smi fails: {reason}")
 
 
 def check_nf4_product(packed, state, restored) -> None:

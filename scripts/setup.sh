@@ -27,9 +27,17 @@ find_python() {
 # downloaded. CUDA 13 wants a driver of the 580 line or newer, CUDA 12 one of 525.
 check_driver() {
   command -v nvidia-smi >/dev/null || return 0
-  local driver cuda=13 needed
-  driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)"
-  [[ "$driver" =~ ^[0-9]+ ]] || return 0
+  local answer code=0 driver cuda=13 needed
+  answer="$(timeout 60 nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>&1)" || code=$?
+  driver="${answer%%$'\n'*}"
+  if ((code != 0 && code != 6)); then # 6: a driver, and no GPU
+    ((code == 124)) && driver="no answer in a minute"
+    echo "setup: WARNING: nvidia-smi fails (exit code $code): ${driver:-it says nothing}" >&2
+    echo "setup: WARNING: no GPU can be used before the driver works: restart the machine, or install" >&2
+    echo "setup: WARNING: the driver anew. Set-up goes on, and its self-check at the end will fail." >&2
+    return 0
+  fi
+  [[ "$driver" =~ ^[0-9]+ ]] || return 0 # no GPU, or a driver that does not tell ([N/A])
   if [[ -n "${SYSTEM_TORCH:-}" ]]; then
     cuda="$("$1" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null || true)"
     [[ -n "$cuda" ]] || return 0 # a CPU build: the self-check says so

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import partial
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from conftest import PAIRS, explicit, token_rows, write_jsonl
 from datasets import Dataset
 from huggingface_hub import constants
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from scripts.data import load_preferences
@@ -30,6 +32,7 @@ from scripts.generation import generate_replies
 from scripts.measures.statistics import AIMS, MET, MISSED, TOO_FEW, bootstrap
 from scripts.measures.text import are_facts
 from scripts.model import load_model, load_tokenizer
+from scripts.planning.memory import process_gb
 from scripts.plots import before_after
 from scripts.training import assemble
 
@@ -255,6 +258,38 @@ def test_training_shows_in_the_figures_and_in_the_files(tiny_run, tmp_path):
     page = side_by_side(frame, rows=2)
     assert page.count("<tr") == 3
     assert "cut off" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
+def test_evaluation_begins_without_what_training_has_let_go(tiny_run):
+    """A run on a CPU keeps freed blocks, and blocks of other sizes would come on top of them."""
+    trainer, cfg = tiny_run()
+    blocks = [torch.ones(2**20) for _ in range(256)]
+    del blocks
+    held = process_gb()
+    evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    assert process_gb() < held - 0.5
+
+
+def test_the_head_is_not_copied_for_every_reply(tiny_trainer):
+    """The logits of the prompts' last tokens, whose product with frozen weights torch would else
+    make of as many copies of them."""
+    trainer = tiny_trainer()
+    vocabulary, factors = len(trainer.processing_class), []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm):
+                factors.append(tuple(args[1].shape))
+            return function(*args, **(kwargs or {}))
+
+    prompts = [[{"role": "user", "content": word}] for word in ("Why?", "Why not?", "How so?")]
+    with Products():
+        generate_replies(
+            trainer.model, trainer.processing_class, prompts, max_new_tokens=2, batch_size=3
+        )
+    heads = {shape for shape in factors if shape[-1] >= vocabulary}
+    assert heads and all(len(shape) == 2 for shape in heads), heads
 
 
 def test_replies_of_the_base_outlive_a_failure_of_the_tuned_model(tiny_run):

@@ -63,6 +63,16 @@ def test_the_stand_in_is_the_card_that_it_is_told_to_be():
     assert done.stdout.split() == ["1", "7", "5", str(24 * 1024**3), "40", "False"], done.stderr
 
 
+@needs_it
+@pytest.mark.parametrize(
+    ("override", "instead"),
+    [("prefix_attention=flex", "set segments"), ("precompute_ref_log_probs=true", "set it to fal")],
+)
+def test_what_cannot_be_simulated_is_one_line(override, instead):
+    with pytest.raises(SimulationError, match=f"^{A100}: not simulated: .*{instead}"):
+        simulate(A100, [override])
+
+
 @pytest.fixture(scope="module")
 def simulated():
     """Simulates a case of `CASES` once: under a minute each."""

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from email.utils import formatdate
 
 import pytest
 import yaml
@@ -471,6 +472,97 @@ def test_a_truncated_answer_is_said_to_be_one(api, body, headers, text, message)
         publish(body)
 
 
+@pytest.mark.parametrize("busy", ["/organizations", "/launchables/"])
+def test_a_rate_limit_is_waited_for_when_making_and_when_reading(api, body, capsys, busy):
+    brev, refused = Brev(), []
+
+    def say(path, sent):
+        if path.startswith(f"/api{busy}") and len(refused) < 2:
+            refused.append(path)
+            return 429, {"Retry-After": "0"}, b"slow down"
+        return brev(path, sent)
+
+    api(say)
+    assert publish(body) == publishing.Published("env-1", [])
+    assert len(refused) == 2
+    assert brev.asked.count("/organizations/org-1/v2/launchables") == 1  # made once
+    assert capsys.readouterr().err.count("rate limited: trying again in") == 2
+
+
+def test_a_rate_limit_is_waited_for_as_long_as_the_server_says(api, body):
+    brev, times = Brev(), []
+
+    def say(path, sent):
+        if "validation" in path:
+            times.append(time.monotonic())
+            if len(times) == 1:
+                return 429, {"Retry-After": "1"}, b""
+        return brev(path, sent)
+
+    api(say)
+    publish(body)
+    assert times[1] - times[0] >= 1
+
+
+@pytest.mark.parametrize(
+    ("header", "back", "asked"),
+    [
+        ("600", "come back in 600 s", 1),  # longer than it waits
+        ("in two hours", r"come back in 7[12]\d\d s", 1),  # told as a date
+        ("soon", "come back in a few minutes", 4),
+        ("-5", "come back in a few minutes", 4),
+        (None, "come back in a few minutes", 4),
+    ],
+)
+def test_a_rate_limit_that_lasts_is_told_as_one(api, body, header, back, asked):
+    seen = []
+    if header == "in two hours":
+        header = formatdate(time.time() + 7200, usegmt=True)
+
+    def say(path, sent):
+        if "validation" in path:
+            return answer({})
+        seen.append(path)
+        return 429, {"Retry-After": header} if header else {}, b'{"message": "slow down"}'
+
+    api(say)
+    with pytest.raises(LaunchableError, match=f"429 .*slow down.*\nrate limited.*{back}") as caught:
+        publish(body)
+    assert "at fault" not in str(caught.value) and "may have been made" not in str(caught.value)
+    assert len(seen) == asked
+
+
+@pytest.mark.parametrize("url", ["brev.example.com", "localhost:8080", "http://", "https://h:x",
+                                 "ftp://h", "http://[::1"])  # fmt: skip
+@pytest.mark.parametrize("variable", ["BREV_API_URL", "BREV_PUBLIC_API_URL"])
+def test_an_address_that_is_none_is_said_to_be_one(api, monkeypatch, url, variable):
+    api(lambda path, sent: answer({}, 404))  # so that the other listing is asked, too
+    monkeypatch.setenv(variable, url)
+    with pytest.raises(LaunchableError) as caught:
+        publishing.instance_types("org-1", TOKEN)
+    assert f"{variable}={url!r} is no address: write https://HOST" in str(caught.value)
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_address_is_none_given(monkeypatch, empty):
+    monkeypatch.setenv("BREV_API_URL", empty)
+    assert client.api_url() == f"{client.API}/api"
+
+
+@pytest.mark.parametrize("text", [b"", b"OK", b"[]"])
+def test_success_without_an_answer_is_success_where_nothing_is_read_of_it(api, body, text):
+    brev = Brev()
+
+    def say(path, sent):
+        result = brev(path, sent)
+        return (200, {}, text) if "validation" in path or "/edit" in path else result
+
+    api(say)
+    assert publish(body) == publishing.Published("env-1", [])
+    changed = body | {"description": "Another description."}
+    assert publish(changed, "env-1") == publishing.Published("env-1", [])
+
+
 # --- Who is logged in, and who provides the machine ----------------------------------------------
 
 
@@ -545,6 +637,41 @@ def test_fixed_disks_take_no_size_and_others_one_within_bounds(api):
     with pytest.raises(LaunchableError, match="takes 10 to 16384 GiB of disk, not 5"):
         placed(flexible, storage="5")
     assert placed(flexible, storage=None)[1]["storage"] == "100"
+
+
+def test_sizes_that_cannot_be_read_leave_the_disk_as_it_is(api):
+    name = "a2-ultragpu-1g:nvidia-a100-80gb:1"
+    for disk in ({"min_size": 10, "max_size": 16384}, {"maxSize": {"value": 1}}, {"max_size": "?"},
+                 {"min_size": "1.2.3GiB", "max_size": "1.2.3GiB"}):  # fmt: skip
+        listing = [{"type": name, "workspace_groups": [{"id": "g"}], "supported_storage": [disk]}]
+        api(Brev(listing))
+        (remark,), workspace = placed(name)
+        assert f"the disk of {name} was not checked: its largest size is listed as" in remark
+        assert workspace["storage"] == "100"
+
+
+@pytest.mark.parametrize("groups", [[{}], [{"name": "x"}, None, "g"], "g", 7, {"id": "g"}])
+def test_a_provider_without_an_id_is_asked_for(api, groups):
+    disks = ["97GiB", None]  # no mapping either
+    api(Brev([None, {"type": "g5.xlarge", "workspace_groups": groups, "supported_storage": disks}]))
+    with pytest.raises(LaunchableError, match="give --workspace-group or --cloud-cred"):
+        placed("g5.xlarge")
+    assert placed("g5.xlarge", workspaceGroupId="mine")[1]["workspaceGroupId"] == "mine"
+
+
+@pytest.mark.parametrize("kept", [{"createWorkspaceRequest": "x", "buildRequest": "y"},
+                                  {"buildRequest": {"ports": [1, None], "vmBuild": "z"}},
+                                  {"buildRequest": {"dockerCompose": {"fileUrl": 5}}}])  # fmt: skip
+def test_what_is_kept_in_another_shape_is_a_difference(api, body, kept):
+    brev = Brev()
+
+    def say(path, sent):
+        result = brev(path, sent)
+        return answer(kept) if path.startswith("/api/launchables/") else result
+
+    api(say)
+    with pytest.raises(LaunchableError, match="env-1 exists, but was saved otherwise than sent"):
+        publish(body)
 
 
 def test_the_newer_listing_is_read_where_the_older_is_gone(api, loopback, monkeypatch):
@@ -624,13 +751,30 @@ def test_a_fallback_is_created_with_its_provider_and_disk(logged_in):
     assert workspace["workspaceGroupId"] == "shadeform-group" and "storage" not in workspace
 
 
-def test_a_provider_that_is_given_is_not_looked_up(logged_in):
+@pytest.mark.parametrize("option", ["--workspace-group", "--cloud-cred"])
+def test_a_provider_that_is_given_is_kept_and_the_disk_looked_up_all_the_same(logged_in, option):
     brev = Brev()
+    fixed = [{"type": "a2-ultragpu-1g:nvidia-a100-80gb:1", "cloudCredId": "theirs",
+              "supported_storage": [{"size": "97GiB"}]}]  # fmt: skip
+    brev.listing = fixed
+    env = logged_in(brev)
+    made = run("create", "--repository", REPO, "--org", "org-1", option, "mine", **env)
+    assert made.returncode == 0, made.stderr
+    assert "has a fixed disk (97GiB): the 100 GiB are left out" in made.stdout
+    workspace = brev.kept["env-1"]["createWorkspaceRequest"]
+    key = {"--workspace-group": "workspaceGroupId", "--cloud-cred": "cloudCredId"}[option]
+    assert workspace[key] == "mine" and "storage" not in workspace
+    assert len({"workspaceGroupId", "cloudCredId"} & set(workspace)) == 1
+
+
+def test_a_provider_that_is_given_goes_without_a_listing(logged_in):
+    brev = Brev([])
     env = logged_in(brev)
     options = ("--org", "org-1", "--workspace-group", "mine")
-    assert run("create", "--repository", REPO, *options, **env).returncode == 0
-    assert brev.kept["env-1"]["createWorkspaceRequest"]["workspaceGroupId"] == "mine"
-    assert not [path for path in brev.asked if "alltypes" in path]
+    made = run("create", "--repository", REPO, *options, **env)
+    assert made.returncode == 0, made.stderr
+    assert "was not checked: a2-ultragpu-1g:nvidia-a100-80gb:1 is not offered" in made.stdout
+    assert brev.kept["env-1"]["createWorkspaceRequest"]["storage"] == "100Gi"
 
 
 def test_what_is_missing_is_asked_for(logged_in):

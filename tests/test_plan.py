@@ -1,9 +1,11 @@
 """The plan against what is there (optimisers, saved tensors, checkpoints, steps, caches), against
 peaks that were simulated apart from it, and against sums done by hand."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ from scripts.planning.lengths import Lengths, parse_case, worst_lengths
 from scripts.planning.memory import (
     GB,
     PAGED,
+    PROJECTIONS,
     ModelSizes,
     architecture,
     cache_bytes,
@@ -141,7 +144,7 @@ def test_every_optimiser_of_transformers_is_known():
     assert {name.value for name in OptimizerNames} == {*STATE_BYTES, *FACTORED}
 
 
-def saved_bytes(tiny_run, tmp_path, layers: int) -> float:
+def saved_bytes(tiny_run, tmp_path, layers: int, **settings) -> float:
     """Bytes that a real loss of a `layers` deep Llama in NF4 keeps for its backward, weights and
     copies of them left out."""
     config = LlamaConfig(
@@ -150,10 +153,10 @@ def saved_bytes(tiny_run, tmp_path, layers: int) -> float:
     )  # fmt: skip
     folder = tmp_path / str(layers)
     LlamaForCausalLM(config).save_pretrained(folder)
-    trainer, _ = tiny_run(
-        model_name_or_path=str(folder), load_in_4bit=True, dtype="bfloat16", bf16=True,
-        max_length=1024,
-    )  # fmt: skip
+    trainer, _ = tiny_run(**{
+        "model_name_or_path": str(folder), "load_in_4bit": True, "dtype": "bfloat16", "bf16": True,
+        "max_length": 1024, **settings,
+    })  # fmt: skip
     rows = random_pairs(1000, LENGTHS, 2).to_list()
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
     shapes = {tuple(p.shape) for p in trainer.model.parameters()}
@@ -177,18 +180,40 @@ def saved_bytes(tiny_run, tmp_path, layers: int) -> float:
 LENGTHS = Lengths(100, 310, 270)
 
 
-def test_a_layer_keeps_what_the_plan_says(tiny_run, tiny_llama3, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"bf16": False},
+        {"lora_target_modules": ["q_proj", "v_proj"]},
+        {"lora_target_modules": ["gate_proj", "o_proj"]},
+        {"lora_target_modules": ["down_proj", "up_proj"], "bf16": False},
+    ],
+    ids=str,
+)
+def test_a_layer_keeps_what_the_plan_says(tiny_run, tiny_llama3, tmp_path, monkeypatch, settings):
     """Two more layers of a real model, counted with hooks on what autograd saves."""
     tokenizer = load_tokenizer(str(tiny_llama3))
     monkeypatch.setattr("scripts.training.load_tokenizer", lambda *_: tokenizer)
-    more = saved_bytes(tiny_run, tmp_path, 3) - saved_bytes(tiny_run, tmp_path, 1)
+    deep, flat = (saved_bytes(tiny_run, tmp_path, layers, **settings) for layers in (3, 1))
     sizes = ModelSizes(
         linear=0, other=0, trained=0, trained_large=0, trained_sides=0, rank=16, width=64,
         attention_width=64, key_width=32, mlp_width=192, layers=2, heads=4, vocabulary=128_256,
     )  # fmt: skip
-    cfg = load_config(DEFAULT, {"per_device_train_batch_size": 2})
+    cfg = load_config(DEFAULT, {"per_device_train_batch_size": 2, **settings})
+    if targets := settings.get("lora_target_modules"):
+        sizes = replace(sizes, adapted={name: float(name in targets) for name in PROJECTIONS})
     layer = kept_by_a_layer(cfg, sizes, LENGTHS, cuda=False)
-    assert 2 * layer == pytest.approx(more, rel=0.1)
+    assert 2 * layer == pytest.approx(deep - flat, rel=0.1)
+
+
+def test_the_adapters_places_are_counted_from_the_model(llama):
+    assert llama.adapted == dict.fromkeys(PROJECTIONS, 1.0)
+    some = model_sizes(planned(A100, lora_target_modules=["q_proj", "v_proj"])).adapted
+    assert {name for name, share in some.items() if share} == {"q_proj", "v_proj"}
+    last = [f"{layer}.mlp.down_proj" for layer in range(24, 32)]
+    upper = model_sizes(planned(A100, lora_target_modules=last)).adapted
+    assert upper == dict.fromkeys(PROJECTIONS, 0.0) | {"down_proj": 8 / 32}
 
 
 # GB of a step's second micro-batch of the longest pairs, optimiser and all, without CUDA context:
@@ -215,6 +240,51 @@ def test_a_step_is_near_its_simulated_peak(llama, llama_416, config, batch, chec
     step = phases(cfg, sizes, worst_lengths(cfg), True, 0)["step"]
     simulated = SIMULATED[config, batch, checkpointing, sharing]
     assert sum(step.values()) / GB == pytest.approx(simulated, rel=0.02)
+
+
+SOME = {"lora_target_modules": ["q_proj", "v_proj"]}
+RECOMPUTED = {"activation_checkpointing": True}
+# The same of llama3-8b-a100 with other settings (`--set` in place of `--all`).
+SIMULATED_WITH = [
+    ({"bf16": False}, 70.10),
+    ({"bf16": False} | RECOMPUTED, 10.33),
+    ({"bf16": False, "prefix_sharing": False}, 82.24),
+    (SOME, 38.00),
+    (SOME | RECOMPUTED, 8.80),
+    (SOME | {"prefix_sharing": False}, 45.60),
+]
+
+
+@pytest.mark.parametrize(("settings", "simulated"), SIMULATED_WITH, ids=str)
+def test_a_step_with_other_settings_is_near_its_simulated_peak(settings, simulated):
+    cfg = planned(A100, **settings)
+    step = phases(cfg, model_sizes(cfg), worst_lengths(cfg), True, 0)["step"]
+    assert sum(step.values()) / GB == pytest.approx(simulated, rel=0.01)
+
+
+IN_8_BITS = {"load_in_4bit": False, "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference", "simulated"),
+    [
+        (IN_8_BITS, 3.61, 5.56),
+        (IN_8_BITS | RECOMPUTED, 3.61, 5.12),
+        ({"load_in_4bit": False, "use_peft": False}, 20.18, 25.75),
+    ],
+    ids=str,
+)
+def test_two_layers_in_8_bits_or_without_an_adapter_are_near_theirs(
+    tmp_path, settings, reference, simulated
+):
+    """The same of Llama 3's first two layers, `--set model_name_or_path=` a folder with these."""
+    shipped = ROOT / "configs" / "architectures" / "Meta-Llama-3-8B-Instruct.json"
+    two = json.loads(shipped.read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(two))
+    cfg = planned(A100, model_name_or_path=str(tmp_path), **settings)
+    by_phase = phases(cfg, model_sizes(cfg), worst_lengths(cfg), True, 0)
+    for name, peak in (("reference", reference), ("step", simulated)):
+        assert sum(by_phase[name].values()) / GB == pytest.approx(peak, rel=0.02), name
 
 
 def test_the_advice_follows_from_the_simulated_peaks(llama):
@@ -472,6 +542,15 @@ def test_the_command_needs_neither_weights_nor_network():
     assert "optimiser, paged: managed memory, which torch does not count" in done.stdout
 
 
+def test_on_a_cpu_the_plan_tells_what_a_run_comes_to_hold(tiny_cfg):
+    cfg = tiny_cfg(use_cpu=True)
+    text = report(cfg, dataset_size(cfg))
+    step = float(text.split("\npeak ")[1].split()[2])
+    told = float(re.search(r"as a step takes, ([\d.]+) GB, until the evaluation", text)[1])
+    assert told == pytest.approx(1.5 * step, abs=0.06)
+    assert "until the evaluation" not in report(planned(A100), dataset_size(planned(A100)))
+
+
 def test_an_architecture_that_is_nowhere_is_one_line(tiny_cfg, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="no architecture of no/such-model"):
@@ -491,9 +570,15 @@ def test_an_8_bit_optimiser_of_whole_weights_is_not_halved(llama):
 
 @pytest.mark.parametrize(
     ("overrides", "warned"),
-    [({}, None), ({"bf16": False}, "32-bit"), ({"lora_target_modules": ["q_proj"]}, "some proj")],
+    [
+        ({}, None),
+        ({"bf16": False}, None),
+        ({"lora_target_modules": ["q_proj"]}, None),
+        ({"load_in_4bit": False, "load_in_8bit": True}, None),
+        ({"bf16": False, "dtype": "float32"}, "WARNING: with dtype: float32 a step was not held"),
+    ],
 )
-def test_the_plan_warns_where_it_is_known_to_be_off(overrides, warned):
+def test_the_plan_warns_where_it_was_not_held_against_a_simulation(overrides, warned):
     text = report(planned(A100, **overrides), dataset_size(planned(A100)))
     assert ("WARNING" in text) == bool(warned)
     assert (warned or "training alone") in text

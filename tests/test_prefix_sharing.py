@@ -48,7 +48,9 @@ from scripts.sharing.attention import (
     attention_arguments,
     causal_blocks,
     causal_fused,
+    compiled_block_mask,
     dense_mask,
+    may_attend,
 )
 from scripts.sharing.forward import share_prefixes
 from scripts.sharing.head import AnswerLogps
@@ -622,6 +624,41 @@ def test_flex_attention_over_a_filled_row_is_attention_pair_by_pair(sizes):
     assert out.isfinite().all()  # a token that sees nothing would make none
     expected = attend(*(t[:, :, :length] for t in tensors), 0.3, row.pairs)
     assert torch.allclose(out[:, :, :length], expected, atol=1e-5)
+
+
+def filled_row(sizes):
+    batch = DataCollatorForPreference(pad_token_id=0)(tokens(sizes))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return fill_up(pack(batch["input_ids"], batch["attention_mask"], labels), FLEX_BLOCK)
+
+
+def test_the_block_mask_is_made_once_for_reference_and_policy():
+    """It follows from the pairs' lengths and the row's alone; another batch has another."""
+
+    def mask(sizes):
+        return attention_arguments(filled_row(sizes), "flex")["attention_mask"]
+
+    sizes = [(60, 40, 30), (90, 200, 100)]
+    first = mask(sizes)
+    assert mask(sizes) is first
+    assert mask(sizes[::-1]) is not first and mask(sizes[:1]) is not first
+
+
+@pytest.mark.slow
+def test_the_compiled_block_mask_is_the_plain_one_for_every_length():
+    """One kernel, compiled here for a CPU, for rows of three lengths of several blocks."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    batches = [[(60, 40, 30), (90, 200, 100)], [(190, 300, 200)], [(150, 60, 90), (40, 30, 20)]]
+    for number, sizes in enumerate(batches):
+        row = filled_row(sizes)
+        whole = row.input_ids_1T.shape[1]
+        described = may_attend(tuple(row.pairs), whole, torch.device("cpu"))
+        before = graphs["unique_graphs"]
+        mask = compiled_block_mask()(described, None, None, whole, whole, "cpu")
+        assert graphs["unique_graphs"] - before == (number == 0)
+        plain = attention_arguments(row, "flex")["attention_mask"]
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            assert torch.equal(getattr(mask, name), getattr(plain, name)), name
 
 
 def test_full_fine_tuning_shares_in_policy_and_reference(tiny_trainer):

@@ -10,7 +10,7 @@ import torch
 from scripts import preflight as module
 from scripts.cli import ROOT
 from scripts.config import load_config
-from scripts.planning.machine import driver_version
+from scripts.planning.machine import DriverError, driver_version, gpus_of_the_driver
 from scripts.preflight import (
     FAIL,
     OK,
@@ -83,9 +83,33 @@ def test_the_driver_is_held_against_the_cuda_of_torch(nvidia_smi, monkeypatch, c
     assert finding in line.finding and fix in line.fix
 
 
-def test_a_driver_that_does_not_answer_is_none(nvidia_smi):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+@pytest.mark.parametrize("told", ["[N/A]", "[Not Supported]", "N/A"])
+def test_a_driver_that_does_not_tell_its_version_is_no_crash(nvidia_smi, monkeypatch, told):
+    nvidia_smi(told)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (line,) = gpu(load_config(A100, may_lack_gpu=True))
+    assert line.status == FAIL
+    assert line.finding == f"torch sees none, with driver {told} and CUDA 13.0"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_driver_that_fails_is_told_as_one(nvidia_smi):
     nvidia_smi("NVIDIA-SMI has failed", code=9)
-    assert driver_version() is None
+    with pytest.raises(DriverError, match="nvidia-smi fails: NVIDIA-SMI has failed"):
+        driver_version()
+    (line,) = gpu(load_config(A100, may_lack_gpu=True))
+    assert (line.status, line.finding) == (FAIL, "nvidia-smi fails: NVIDIA-SMI has failed")
+    assert "restart the machine" in line.fix
+
+
+def test_the_gpus_of_the_driver_are_counted_by_their_lines(nvidia_smi, monkeypatch):
+    nvidia_smi("GPU 0: NVIDIA L4 (UUID: 1)\\n  MIG 1g.5gb (UUID: 2)\\nGPU 1: NVIDIA L4 (UUID: 3)")
+    assert gpus_of_the_driver() == ["GPU 0: NVIDIA L4", "GPU 1: NVIDIA L4"]
+    nvidia_smi("No devices were found", code=6)
+    assert gpus_of_the_driver() == [] and driver_version() is None
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert gpus_of_the_driver() == [] and driver_version() is None
 
 
 def test_several_gpus_want_several_processes():

@@ -26,7 +26,9 @@ def set_up(tmp_path):
     """Runs setup.sh in an empty project with a driver's version and a Python that has torch for
     some CUDA; that Python makes no venv, so nothing is installed."""
 
-    def run(driver: str | None, torch_cuda: str = "", **env) -> subprocess.CompletedProcess:
+    def run(
+        driver: str | None, torch_cuda: str = "", smi: str | None = None, **env
+    ) -> subprocess.CompletedProcess:
         project, tools = tmp_path / "project", tmp_path / "tools"
         for folder in (project / "scripts", tools):
             folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +36,7 @@ def set_up(tmp_path):
         answers = f'case "$*" in *torch*) echo {torch_cuda};; *--version*) echo Python 3.11;; '
         command(tools, "python3", f"{answers} *version_info*) exit 0;; *) exit 7;; esac")
         if driver is not None:
-            command(tools, "nvidia-smi", f"echo {driver}" if driver else "exit 9")
+            command(tools, "nvidia-smi", smi or (f"echo {driver}" if driver else "exit 9"))
         path = f"{tools}:{os.environ['PATH']}"
         done = subprocess.run(
             ["bash", project / "scripts" / "setup.sh"], capture_output=True, text=True,
@@ -71,6 +73,23 @@ def test_an_old_driver_stops_before_anything_is_made(set_up, driver, cuda, env, 
     else:
         assert "making a venv failed" in done.stderr
         assert "driver is" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("smi", "said"),
+    [
+        ("echo 'NVIDIA-SMI has failed because it could not'; exit 9", "(exit code 9): NVIDIA-SMI"),
+        ("echo 'version mismatch' >&2; exit 18", "(exit code 18): version mismatch"),
+        ("exit 12", "(exit code 12): it says nothing"),
+        ("echo '[N/A]'", None),
+        ("echo 'No devices were found'; exit 6", None),
+    ],
+)
+def test_an_nvidia_smi_that_fails_is_told(set_up, smi, said):
+    done = set_up("", "", smi=smi)
+    assert "making a venv failed" in done.stderr  # it goes on
+    assert ("WARNING: nvidia-smi fails" in done.stderr) == bool(said)
+    assert (said or "") in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")

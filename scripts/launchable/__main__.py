@@ -59,9 +59,7 @@ def publish(body: dict[str, Any], args: argparse.Namespace) -> None:
     login = client.login()
     if not (org := args.org or login.organization):
         raise LaunchableError(f"{args.action} needs --org org-…: `brev ls orgs` lists yours")
-    remarks = []
-    if not (args.workspace_group or args.cloud_cred):
-        remarks = publishing.place(body["createWorkspaceRequest"], org, login.token)
+    remarks = publishing.place(body["createWorkspaceRequest"], org, login.token)
     existing = args.id if args.action == "update" else None
     published = publishing.publish(body, org, login.token, existing)
     print(f"{published.id} is saved in {org}" + ("" if published.remarks else ", as it was sent"))

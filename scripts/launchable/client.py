@@ -8,17 +8,23 @@ from __future__ import annotations
 import base64
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from scripts.launchable.definition import LaunchableError
+
+if TYPE_CHECKING:
+    from requests import Response
 
 API = "https://brevapi.us-west-2-prod.control-plane.brev.dev"
 TIMEOUT = 30  # seconds
 TRIES = 4  # of a reading request
 DELAY = 1.0  # seconds before the second try, then twice as long each time
+PATIENCE = 60  # seconds to wait, in all, until a rate limit has passed
 
 ADVICE = {
     401: "the login has expired: `brev ls` renews it, `brev login` makes a new one",
@@ -29,6 +35,7 @@ ADVICE = {
 }
 REFUSED = "the request is at fault, not the server: its words stand above"
 SERVER = "the server's fault; try again later"
+RATE = "rate limited, too many requests: nothing is wrong with this one; come back "
 MAY_EXIST = (
     "it may have been made all the same: look under Launchables at https://brev.nvidia.com "
     "before you try again"
@@ -89,36 +96,78 @@ def expired(token: str) -> bool:
         return False  # no token that tells
 
 
+def base_url(variable: str, default: str) -> str:
+    """The address in an environment variable, or `default` where that is unset or empty.
+
+    Raises:
+        LaunchableError: it is no http(s) address.
+    """
+    given = os.environ.get(variable, "").strip()
+    base = given or default
+    try:
+        parts = urlsplit(base)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is none, brackets that do not close
+        usable = False
+    if not usable:
+        raise LaunchableError(
+            f"{variable}={given!r} is no address: write https://HOST, or unset it for {default}"
+        )
+    return base.rstrip("/")
+
+
 def api_url() -> str:
     """The base of the API, with the `/api` that the CLI adds to its BREV_API_URL."""
-    base = os.environ.get("BREV_API_URL", API).rstrip("/")
+    base = base_url("BREV_API_URL", API)
     return base if base.endswith("/api") else base + "/api"
 
 
-def send(method: str, path: str, *, base: str | None, patient: bool, **request: Any) -> Any:
-    """The answer to one request. Reading is tried again when the server fails, writing is not.
+def retry_after(answer: Response) -> int:
+    """Seconds until a rate-limited client may come back, by `Retry-After`; 0 if it does not say."""
+    from urllib3.exceptions import InvalidHeader
+    from urllib3.util import Retry
+
+    try:  # seconds or a date
+        return int(Retry().parse_retry_after(answer.headers.get("Retry-After", "0")))
+    except (InvalidHeader, ValueError, OverflowError):
+        return 0
+
+
+def once(method: str, url: str, **request: Any) -> tuple[Response | None, str]:
+    """The answer to one request, or None and what became of it."""
+    import requests
+
+    try:
+        return requests.request(method, url, timeout=TIMEOUT, **request), ""
+    except requests.Timeout:
+        return None, "did not answer in time"
+    except requests.RequestException:
+        return None, "broke off"
+
+
+def send(method: str, path: str, *, base: str | None, patient: bool, **request: Any) -> Response:
+    """The answer to a request. Reading is tried again when the server fails, writing is not; what
+    was refused for its rate was not done, and is tried again either way, for `PATIENCE` seconds.
 
     Raises:
         LaunchableError: there is no answer.
     """
-    import requests
-
-    tries = TRIES if method == "GET" else 1
-    for attempt in range(tries):
-        if attempt:
-            time.sleep(DELAY * 2 ** (attempt - 1))
-        try:
-            url = (base or api_url()) + path
-            answer = requests.request(method, url, timeout=TIMEOUT, **request)
-        except requests.Timeout:
-            failure = "did not answer in time"
-        except requests.RequestException:
-            failure = "broke off"
+    url, waited = (base or api_url()) + path, 0.0
+    for attempt in range(TRIES):
+        answer, failure = once(method, url, **request)
+        status, pause = answer.status_code if answer is not None else None, DELAY * 2**attempt
+        if status == 429:
+            pause = max(pause, retry_after(answer))
+            again = waited + pause <= PATIENCE
         else:
-            failure = None
-            if not (answer.status_code >= 500 or (patient and answer.status_code == 404)):
-                break
-    if failure:
+            again = method == "GET" and (failure or status >= 500 or (patient and status == 404))
+        if not again or attempt == TRIES - 1:
+            break
+        if status == 429:
+            print(f"rate limited: trying again in {pause:.0f} s", file=sys.stderr)
+        time.sleep(pause)
+        waited += pause
+    if answer is None:
         raise LaunchableError(f"{method} {path}: the server {failure}")
     return answer
 
@@ -132,11 +181,12 @@ def call(
     base: str | None = None,
     creates: bool = False,
     patient: bool = False,
+    may_be_empty: bool = False,
 ) -> dict:
     """What the API answers to a request.
 
     `creates`: a request that breaks off may have been done. `patient`: what was made a moment ago
-    may not show yet.
+    may not show yet. `may_be_empty`: success alone says all, and what comes with it may be nothing.
 
     Raises:
         LaunchableError: no answer, a refusal, or an answer that is no JSON object.
@@ -151,11 +201,16 @@ def call(
         status = answer.status_code
         text = answer.text[:300].replace(token or "\0", "***")
         advice = ADVICE.get(status, REFUSED) if status < 500 else SERVER + hint
+        if status == 429:
+            seconds = retry_after(answer)
+            advice = RATE + (f"in {seconds} s" if seconds else "in a few minutes")
         raise Refused(f"{method} {path}: {status} {text}\n{advice}", status)
     try:
         result = answer.json()
     except ValueError:
         result = None
     if not isinstance(result, dict):
+        if may_be_empty:
+            return {}
         raise LaunchableError(f"{method} {path}: the answer is no JSON object, cut short?{hint}")
     return result

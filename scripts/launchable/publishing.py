@@ -7,12 +7,11 @@ what that CLI has released.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripts.launchable.client import MAY_EXIST, Refused, call
+from scripts.launchable.client import MAY_EXIST, Refused, base_url, call
 from scripts.launchable.definition import LaunchableError
 
 PUBLIC_API = "https://api.brev.dev"
@@ -39,11 +38,21 @@ def instance_types(org: str, token: str) -> list[dict[str, Any]]:
     except Refused as error:
         if error.status != 404:
             raise
-        base = os.environ.get("BREV_PUBLIC_API_URL", PUBLIC_API).rstrip("/")
+        base = base_url("BREV_PUBLIC_API_URL", PUBLIC_API)
         options = {"includeUnavailable": False, "uniqueInstanceType": True, "includeCpu": False}
         wanted = {"organizationId": org, "options": options}
         answer = call("POST", CATALOG, token, wanted, base=base)
-    return answer.get("allInstanceTypes") or answer.get("items") or []
+    return mappings(answer.get("allInstanceTypes") or answer.get("items"))
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """`value` if it is a mapping, else an empty one: an answer may hold anything anywhere."""
+    return value if isinstance(value, dict) else {}
+
+
+def mappings(value: Any) -> list[dict[str, Any]]:
+    """The mappings in `value`, if it is a list."""
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
 
 
 def either(entry: dict, *names: str) -> Any:
@@ -51,9 +60,10 @@ def either(entry: dict, *names: str) -> Any:
     return next((entry[name] for name in names if entry.get(name)), None)
 
 
-def gib(size: str) -> int:
-    """`97GiB` in GiB; 0 where there is no such text."""
-    match = re.match(r"([\d.]+)\s*([MGT])i?B?$", size or "", re.IGNORECASE)
+def gib(size: Any) -> int:
+    """`97GiB` in GiB; 0 where it is no such text."""
+    text = size if isinstance(size, str) else ""
+    match = re.match(r"(\d+(?:\.\d+)?)\s*([MGT])i?B?$", text, re.IGNORECASE)
     factor = {"M": 1 / 1024, "G": 1, "T": 1024}
     return int(float(match[1]) * factor[match[2].upper()]) if match else 0
 
@@ -61,42 +71,70 @@ def gib(size: str) -> int:
 def place(workspace: dict[str, Any], org: str, token: str) -> list[str]:
     """Complete the workspace request for its instance type: who provides it, and its disk.
 
-    Returns remarks. A `workspaceGroupId` or `cloudCredId` that is there already is kept.
+    Returns remarks. A `workspaceGroupId` or `cloudCredId` that is there already is kept, and then
+    a type that the listing does not tell of is no failure.
 
     Raises:
         LaunchableError: the type is not offered, or not with such a disk.
     """
     name = workspace["instanceType"]
+    given = workspace.get("workspaceGroupId") or workspace.get("cloudCredId")
+    try:
+        entry = listed(name, org, token)
+    except LaunchableError as error:
+        if not given:
+            raise
+        return [f"the disk of {name} was not checked: {error}"]
+    if not given:
+        workspace |= provider(entry, name)
+    disks = mappings(either(entry, "supported_storage", "supportedStorage"))
+    return fit_disk(workspace, disks[0] if disks else {})
+
+
+def listed(name: str, org: str, token: str) -> dict[str, Any]:
+    """What the listing has of an instance type.
+
+    Raises:
+        LaunchableError: nothing, or there is no listing.
+    """
     entry = next((e for e in instance_types(org, token) if e.get("type") == name), None)
     if entry is None:
         raise LaunchableError(
             f"{name} is not offered to {org} now: `brev search --gpu-name A100` lists what is, "
             "--instance N takes a fallback of brev-launchable.yaml"
         )
-    if not (workspace.get("workspaceGroupId") or workspace.get("cloudCredId")):
-        groups = either(entry, "workspace_groups", "workspaceGroups") or []
-        credential = either(entry, "cloud_cred_id", "cloudCredId")
-        if groups:
-            workspace["workspaceGroupId"] = groups[0]["id"]
-        elif credential:
-            workspace["cloudCredId"] = credential
-        else:
-            raise LaunchableError(
-                f"the listing does not say who provides {name}: give --workspace-group or "
-                "--cloud-cred (a launchable of that provider names it: `show --id env-…`)"
-            )
-    disks = either(entry, "supported_storage", "supportedStorage") or [{}]
-    return fit_disk(workspace, disks[0])
+    return entry
+
+
+def provider(entry: dict[str, Any], name: str) -> dict[str, str]:
+    """The key of the workspace request that says who provides the machine.
+
+    Raises:
+        LaunchableError: the listing does not say.
+    """
+    groups = mappings(either(entry, "workspace_groups", "workspaceGroups"))
+    if group := next((g["id"] for g in groups if g.get("id")), None):
+        return {"workspaceGroupId": group}
+    if credential := either(entry, "cloud_cred_id", "cloudCredId"):
+        return {"cloudCredId": credential}
+    raise LaunchableError(
+        f"the listing does not say who provides {name}: give --workspace-group or --cloud-cred "
+        "(a launchable of that provider names it: `show --id env-…`)"
+    )
 
 
 def fit_disk(workspace: dict[str, Any], disk: dict[str, Any]) -> list[str]:
-    """Name a disk size where the type lets one choose, and none where it does not.
+    """Name a disk size where the type lets one choose, and none where it does not. Bounds that
+    cannot be read leave the size as it is. Returns remarks.
 
     Raises:
         LaunchableError: the size is out of bounds.
     """
     name = workspace["instanceType"]
-    low, high = gib(either(disk, "min_size", "minSize")), gib(either(disk, "max_size", "maxSize"))
+    least, most = either(disk, "min_size", "minSize"), either(disk, "max_size", "maxSize")
+    low, high = gib(least), gib(most)
+    if most and not high:
+        return [f"the disk of {name} was not checked: its largest size is listed as {most!r}"]
     if not high:
         size = disk.get("size") or "unknown size"
         wanted = workspace.pop("storage", None)
@@ -119,7 +157,8 @@ def publish(body: dict, org: str, token: str, existing: str | None = None) -> Pu
     path = f"/organizations/{org}/v2/launchables"
     if existing:  # who may see it stays as it is: the API takes that only when creating
         change = {k: v for k, v in body.items() if k != "viewAccess"} | {"id": existing}
-        identity = call("POST", f"{path}/edit", token, change).get("id") or existing
+        answer = call("POST", f"{path}/edit", token, change, may_be_empty=True)
+        identity = answer.get("id") or existing
     else:
         identity = call("POST", path, token, body, creates=True).get("id")
     if not identity:
@@ -145,7 +184,7 @@ def have_compose_checked(compose: dict[str, Any], token: str) -> None:
     """
     if source := {k: compose[k] for k in ("fileUrl", "yamlString") if k in compose}:
         try:
-            call("POST", "/file-validation/docker-compose", token, source)
+            call("POST", "/file-validation/docker-compose", token, source, may_be_empty=True)
         except Refused as error:
             if error.status not in (404, 405):  # an API without this check
                 raise
@@ -159,33 +198,34 @@ def read_back(identity: str, token: str | None) -> dict[str, Any]:
         if error.status != 404:
             raise
         kept = call("GET", f"/launchables/{identity}", token)
-    script = ((kept.get("buildRequest") or {}).get("vmBuild") or {}).get("lifeCycleScriptAttr")
-    if script and script.get("id") and not script.get("script"):
+    machine = mapping(mapping(kept.get("buildRequest")).get("vmBuild"))
+    script = mapping(machine.get("lifeCycleScriptAttr"))
+    if script.get("id") and not script.get("script"):
         where = f"/launchable/lifecycle-script?envId={identity}&scriptId={script['id']}"
         answer = call("GET", where, token, patient=True)
-        script["script"] = (answer.get("attrs") or {}).get("script")
+        script["script"] = mapping(answer.get("attrs")).get("script")
     return kept
 
 
 def comparable(launchable: dict[str, Any]) -> dict[str, Any]:
     """A launchable in one spelling: Brev keeps some things otherwise than they are sent."""
     values = json.loads(json.dumps({k: v for k, v in launchable.items() if k != "viewAccess"}))
-    workspace = values.get("createWorkspaceRequest") or {}
+    workspace = mapping(values.get("createWorkspaceRequest"))
     if storage := workspace.get("storage"):
         workspace["storage"] = re.sub(r"\s*Gi?B?$", "", str(storage))
     for key in ("workspaceGroupId", "cloudCredId"):  # one may be kept as the other
         workspace.pop(key, None)
-    build = values.get("buildRequest") or {}
-    compose = build.get("dockerCompose") or {}
-    for holder, key in ((values.get("file") or {}, "url"), (compose, "fileUrl")):
+    build = mapping(values.get("buildRequest"))
+    compose = mapping(build.get("dockerCompose"))
+    for holder, key in ((mapping(values.get("file")), "url"), (compose, "fileUrl")):
         if holder.get(key):
-            holder[key] = re.sub(r"/(-/)?(blob|raw)/", "/raw/", holder[key], count=1)
-    script = (build.get("vmBuild") or {}).get("lifeCycleScriptAttr") or {}
+            holder[key] = re.sub(r"/(-/)?(blob|raw)/", "/raw/", str(holder[key]), count=1)
+    script = mapping(mapping(build.get("vmBuild")).get("lifeCycleScriptAttr"))
     for holder, key in ((compose, "yamlString"), (script, "script")):
         if holder.get(key):
-            holder[key] = holder[key].strip()
+            holder[key] = str(holder[key]).strip()
     for key in ("ports", "parameters"):
-        build[key] = sorted(build.get(key) or [], key=lambda entry: entry.get("name", ""))
+        build[key] = sorted(mappings(build.get(key)), key=lambda entry: str(entry.get("name")))
     return values
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trl import get_peft_config
 
@@ -24,9 +26,20 @@ GB = 1024**3
 # tokenizer: by how much eight measured steps were larger than all else counted, on average
 # (`python -m scripts.plan validate`; 0.07 to 0.24 GB).
 IN_USE = 0.15 * GB
+# Over a run with batches of varying length a CPU's heap, which keeps what is freed, comes to hold
+# up to so many times a step's peak (4.2 GB in the default run).
+HELD = 1.5
 # Outside what torch counts on a GPU: `nvidia-smi` shows both, `max_memory_allocated` neither.
 PAGED = "optimiser, paged"
 OUTSIDE_TORCH = ("runtime", PAGED)
+# The projections of a layer by what goes into them; those that read the same share its 16 bits.
+READERS = {
+    "attention": ("q_proj", "k_proj", "v_proj"),
+    "output": ("o_proj",),
+    "feed-forward": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+PROJECTIONS = tuple(name for names in READERS.values() for name in names)
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ class ModelSizes:
     layers: int
     heads: int
     vocabulary: int
+    # In which share of the layers each projection is trained, itself or by its adapter.
+    adapted: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PROJECTIONS, 1.0))
 
     @property
     def base(self) -> int:
@@ -103,12 +118,33 @@ def model_sizes(cfg: Config, config: PretrainedConfig | None = None) -> ModelSiz
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
+        adapted=adapted_share(model, config.num_hidden_layers),
     )
+
+
+def adapted_share(model: torch.nn.Module, layers: int) -> dict[str, float]:
+    """In which share of the layers each of `PROJECTIONS` has an adapter; all of them everywhere
+    where there is none, or where the family calls its projections otherwise."""
+    names = (n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LoraLayer))
+    found = Counter(names)
+    if not found or not found.keys() <= set(PROJECTIONS):
+        return dict.fromkeys(PROJECTIONS, 1.0)
+    return {name: found[name] / layers for name in PROJECTIONS}
 
 
 def weight_bytes(cfg: Config) -> int:
     """Bytes of a weight that is not in 4 bits."""
     return 4 if str(cfg.model.dtype) in ("float32", "torch.float32") else 2
+
+
+def autocast(cfg: Config) -> bool:
+    """Whether products run in 16 bits, whatever their operands are."""
+    return bool(cfg.dpo.bf16 or cfg.dpo.fp16)
+
+
+def adapter_word(cfg: Config, sizes: ModelSizes) -> int:
+    """Bytes of a number that goes into the adapter: in float32, as it is, but for autocast."""
+    return 4 if sizes.rank and not autocast(cfg) else 2
 
 
 def checkpointing(cfg: Config) -> bool:
@@ -129,6 +165,8 @@ def stored(cfg: Config, sizes: ModelSizes, cuda: bool = True) -> dict[str, float
         scales = sizes.linear / 64
         constants = scales * (1 + 4 / 256) if cfg.model.use_bnb_nested_quant else scales * 4
         linear = sizes.linear / 2 + constants
+    elif cfg.model.load_in_8bit:
+        linear = sizes.linear  # and a scale a row, which is nothing
     else:
         linear = sizes.linear * word
     trained_word = 4 if sizes.rank else word
@@ -165,13 +203,39 @@ def attention_bytes(sizes: ModelSizes, lengths: tuple[int, int, int], pairs: int
     return pairs * (2 * sizes.heads * seen + shared)
 
 
-def layer_bytes(sizes: ModelSizes) -> float:
-    """Bytes a token leaves in one layer for the backward pass, in 16 bits, attention's aside.
+def read_bytes(sizes: ModelSizes) -> int:
+    """Bytes a token has in one layer as the input of its linear layers, in 16 bits."""
+    return 2 * (2 * sizes.width + sizes.attention_width + sizes.mlp_width)
 
-    Two norms keep their input in float32 (8 d) and their result as the adapters' input (4 d); gate,
-    its activation, up and their product (8 f); the adapters' narrow activations.
+
+def input_bytes(cfg: Config, sizes: ModelSizes) -> float:
+    """Bytes a token leaves in one layer as the input of what is trained there.
+
+    Under autocast an adapter reads what the layer reads, in 16 bits, and queries, keys and values
+    read the same, as gate and up do. Without it each adapter has a copy of its own in float32, as
+    the adapter is. Its narrow activations are as wide as its input's numbers. bitsandbytes' layers
+    of 8 bits keep what they read, adapter or not.
     """
-    return 12 * sizes.width + 8 * sizes.mlp_width + 14 * sizes.rank
+    widths = {"attention": sizes.width, "output": sizes.attention_width,
+              "feed-forward": sizes.width, "down": sizes.mlp_width}  # fmt: skip
+    word = adapter_word(cfg, sizes)
+    copies = sum if word == 4 else max
+    own = sum(widths[of] * copies(sizes.adapted[name] for name in names)
+              for of, names in READERS.items())  # fmt: skip
+    kept = word * (own + sizes.rank * sum(sizes.adapted.values()))
+    if not cfg.model.load_in_8bit:
+        return kept
+    return kept + read_bytes(sizes) - (2 * own if word == 2 else 0)
+
+
+def layer_bytes(cfg: Config, sizes: ModelSizes) -> float:
+    """Bytes a token leaves in one layer for the backward pass, attention's own aside.
+
+    Two norms keep their input in float32 (8 d), and where they are trained their result in 16 bits
+    (4 d); gate, its activation and up are kept in 16 bits (6 f); and the inputs of what is trained.
+    """
+    norms = (8 if sizes.rank else 12) * sizes.width
+    return norms + 6 * sizes.mlp_width + input_bytes(cfg, sizes)
 
 
 def kept_by_a_layer(
@@ -181,14 +245,18 @@ def kept_by_a_layer(
     pairs = cfg.dpo.per_device_train_batch_size
     tokens, _ = row_tokens(cfg, lengths, pairs)
     inner, keys = sizes.attention_width, sizes.key_width
-    kept = tokens * layer_bytes(sizes)
-    if not cuda:  # every query, key and value head after rotation, and the result
-        return kept + tokens * 8 * inner + attention_bytes(sizes, lengths, pairs)
+    kept = tokens * layer_bytes(cfg, sizes)
+    if not cuda:  # every query, key and value head after rotation
+        return kept + tokens * 6 * inner + attention_bytes(sizes, lengths, pairs)
     if not cfg.recipe.prefix_sharing:
-        return kept + tokens * 8 * inner
-    # Queries before and after rotation and the result; keys and values, which are fewer; and those
-    # of the prompt and of rejected once more, side by side.
-    return kept + tokens * (6 * inner + 4 * keys) + pairs * 4 * keys * (lengths[0] + lengths[2])
+        # Queries, keys and values of every head and the result, which the output's adapter reads
+        # as it lies; and the mask in 16 bits.
+        if adapter_word(cfg, sizes) == 2:
+            kept -= tokens * 2 * inner * sizes.adapted["o_proj"]
+        return kept + tokens * 8 * inner + 2 * tokens * tokens / (2 * pairs)
+    # Queries after rotation and the result; keys and values, which are fewer; and those of the
+    # prompt and of rejected once more, side by side.
+    return kept + tokens * (4 * inner + 4 * keys) + pairs * 4 * keys * (lengths[0] + lengths[2])
 
 
 @dataclass(frozen=True)
@@ -209,10 +277,20 @@ def gpu_pass(cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int]) -> G
     width, mlp = sizes.width, sizes.mlp_width
     widest = max(2 * mlp * tokens, 2 * width * mlp)
     head = min(answers, 4096) * 65_536 + 8 * width * answers
-    backward = max(tokens * (2 * mlp + 2 * width) + widest, head)
+    if not sizes.rank:  # the head's gradient, in float32 and as it is kept, and the last norm
+        head += 6 * sizes.vocabulary * width + 6 * width * tokens
+    # The gradients of gate, up and their product; that of down's input takes its place.
+    fresh = 2 * mlp * (1 - sizes.adapted["down_proj"]) + 2 * mlp + 2 * width
+    if adapter_word(cfg, sizes) == 4:
+        fresh += 8 * width  # in float32, as the adapters give them back
+    backward = max(tokens * fresh + widest, head)
     if not checkpointing(cfg):
         backward = max(backward, 20 * width * tokens)  # the last norm's
-    return GpuPass(tokens * (4 * mlp + 8 * width) + widest, backward)
+    forward = tokens * (4 * mlp + 8 * width) + widest
+    if cfg.model.load_in_8bit:  # sums in 32 bits, scaled in float16 and copied to bfloat16
+        forward = tokens * (10 * mlp + 9 * width)
+        backward = max(backward, tokens * (5 * mlp + 4 * width))  # down's input, read once more
+    return GpuPass(forward, backward)
 
 
 def passing_bytes(sizes: ModelSizes, tokens: int) -> float:
@@ -278,7 +356,7 @@ def phases(
 
 def _copies(cfg: Config, sizes: ModelSizes) -> float:
     """Bytes of autocast's 16-bit copies of the whole adapter, which is trained in float32."""
-    return 2 * sizes.trained if sizes.rank and (cfg.dpo.bf16 or cfg.dpo.fp16) else 0
+    return 2 * sizes.trained if sizes.rank and autocast(cfg) else 0
 
 
 def _step(
@@ -299,6 +377,8 @@ def _step(
     # Either the backward pass, in which one layer's activations are there anew, or the end of the
     # forward pass, which has kept the copies of every A.
     again = max(layer + gpu.backward + copies / sizes.layers, gpu.forward + copies / 2)
+    if cfg.model.load_in_8bit:  # bitsandbytes keeps these where checkpointing does not see them
+        inputs += sizes.layers * tokens * read_bytes(sizes)
     return {"activations": inputs, "passing": again}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, lru_cache
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -108,24 +109,25 @@ AttentionInterface.register(NAME, prefix_shared_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def may_attend(row: SharedRow) -> Callable:
-    """The mask of a whole row as a function of (batch, head, query, key), as FlexAttention has it.
+def may_attend(pairs: tuple[PairSpan, ...], size: int, device: torch.device) -> Callable:
+    """The mask of a row of `size` tokens as a function of (batch, head, query, key), as
+    FlexAttention has it.
 
     A query sees a key of its own pair that is no later than itself, if both are of the same answer
-    or the key is of the shared prompt.
+    or the key is of the shared prompt. What fills the row up behind the pairs sees itself.
     """
-    pair, answer, shared = [], [], []
-    for index, span in enumerate(row.pairs):
+    pair, answer, shared, position = [], [], [], []
+    for index, span in enumerate(pairs):
         pair += [index] * (span.first + span.second)
         answer += [0] * span.first + [1] * span.second
         shared += [span.shared] * (span.first + span.second)
-    device = row.input_ids_1T.device
-    filling = row.input_ids_1T.shape[1] - len(pair)
+        position += [*range(span.first), *range(span.shared, span.shared + span.second)]
+    filling = size - len(pair)
     pair, answer, shared = (part + [-1] * filling for part in (pair, answer, shared))
-    pair, answer, shared = (
-        torch.tensor(values, device=device) for values in (pair, answer, shared)
+    position += [0] * filling
+    pair, answer, shared, position = (
+        torch.tensor(values, device=device) for values in (pair, answer, shared, position)
     )
-    position = row.position_ids_1T[0]
 
     def mask(batch, head, query, key):
         past = (pair[query] == pair[key]) & (position[key] <= position[query])
@@ -137,8 +139,26 @@ def may_attend(row: SharedRow) -> Callable:
 
 def dense_mask(row: SharedRow) -> torch.Tensor:
     """`may_attend` written out, (1, 1, T, T): simple, and its cost grows with the square of T."""
-    index = torch.arange(row.input_ids_1T.shape[1], device=row.input_ids_1T.device)
-    return may_attend(row)(0, 0, index[:, None], index[None, :])[None, None]
+    size, device = row.input_ids_1T.shape[1], row.input_ids_1T.device
+    index = torch.arange(size, device=device)
+    return may_attend(tuple(row.pairs), size, device)(0, 0, index[:, None], index[None, :])[
+        None, None
+    ]
+
+
+@cache
+def compiled_block_mask() -> Callable:
+    """torch's `create_block_mask`, which compiled writes no (T, T) mask out; one kernel for all
+    lengths of more than one block."""
+    return torch.compile(create_block_mask, dynamic=True)
+
+
+@lru_cache(maxsize=2)
+def block_mask(pairs: tuple[PairSpan, ...], size: int, device: torch.device) -> BlockMask:
+    """Which blocks of a row of `size` tokens see which, kept for the reference's and the policy's
+    pass over the same pairs."""
+    make = compiled_block_mask() if device.type == "cuda" else create_block_mask
+    return make(may_attend(pairs, size, device), None, None, size, size, device)
 
 
 def attention_arguments(row: SharedRow, kind: str) -> dict:
@@ -149,6 +169,5 @@ def attention_arguments(row: SharedRow, kind: str) -> dict:
         return {"attention_mask": unused, "pairs": row.pairs}
     if kind == "mask":
         return {"attention_mask": dense_mask(row)}
-    size = row.input_ids_1T.shape[1]
-    device = row.input_ids_1T.device
-    return {"attention_mask": create_block_mask(may_attend(row), None, None, size, size, device)}
+    size, device = row.input_ids_1T.shape[1], row.input_ids_1T.device
+    return {"attention_mask": block_mask(tuple(row.pairs), size, device)}

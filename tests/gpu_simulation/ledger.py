@@ -249,6 +249,23 @@ def _gemm_4bit(ledger, func, args, kwargs):
         return bnb_cuda._dequant_linear_fallback(*args, **kwargs)
 
 
+def _int8_rows(ledger, func, args, kwargs):
+    """To 8 bits, a scale a row. Which columns hold outliers is in the data: here, none does."""
+    x = args[0]
+    ledger.workspace(3 * x.numel(), "int8: magnitudes, and which are outliers")
+    with ledger:
+        packed = torch.empty(x.shape, dtype=torch.int8, device="cuda")
+        return packed, torch.empty(x.shape[:-1], device="cuda"), None
+
+
+def _int8_product(ledger, func, args, kwargs):
+    """Summed in 32 bits, scaled in float16, and only then in the input's type."""
+    x, packed, weight = args[:3]
+    with ledger:
+        sums = packed.new_empty((*packed.shape[:-1], weight.shape[0]), dtype=torch.int32)
+        return torch.empty_like(sums, dtype=torch.float16).to(x.dtype), None
+
+
 def _flash_backward(ledger, func, args, kwargs):
     """The kernel sums the queries' gradient in float32 and keeps a float a query and head."""
     query = args[1]
@@ -268,6 +285,8 @@ SPECIAL = {
     "aten::_local_scalar_dense": _read,
     "aten::_to_copy": _copy,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
+    "bitsandbytes::int8_vectorwise_quant": _int8_rows,
+    "bitsandbytes::int8_mixed_scaled_mm": _int8_product,
     "bitsandbytes::optimizer_update_32bit": lambda *x: None,
     "bitsandbytes::optimizer_update_8bit_blockwise": lambda *x: None,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,

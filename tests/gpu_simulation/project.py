@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import scripts.sharing.trainer
 from scripts.config import Config, load_config, parse_overrides
@@ -30,15 +32,32 @@ OUTPUT = str(Path(tempfile.gettempdir()) / "gpu-simulation-run")
 def config(name: str, overrides: list[str]) -> Config:
     """The config's own values but for how long it runs and what it writes."""
     quiet()
-    return load_config(name, SHORT | {"output_dir": OUTPUT} | parse_overrides(overrides))
+    cfg = load_config(name, SHORT | {"output_dir": OUTPUT} | parse_overrides(overrides))
+    if reason := unsimulated(cfg):
+        raise SystemExit(f"not simulated: {reason}")
+    return cfg
 
 
-def trainer(cfg: Config, model, tokenizer, lengths: tuple[int, int, int]):
-    """The project's trainer over random pairs of these lengths."""
+def unsimulated(cfg: Config) -> str | None:
+    """What of a config cannot be shown on tensors without data, and what to take instead."""
+    if cfg.recipe.prefix_sharing and cfg.recipe.prefix_attention == "flex":
+        return "torch compiles flex attention's kernel, and compiles none here; set segments"
+    if cfg.dpo.precompute_ref_log_probs:
+        return (
+            "precompute_ref_log_probs scores the reference before anything is trained, beside no "
+            "gradients or optimiser; set it to false: a step's peak is the same"
+        )
+    return None
+
+
+def trainer(cfg: Config, model, tokenizer, lengths: tuple[int, int, int], second: Callable):
+    """The project's trainer over random pairs of these lengths; `second` makes the reference of a
+    run without an adapter."""
     from datasets import Dataset, DatasetDict
 
     one = Dataset.from_list([conftest.explicit(*conftest.PAIRS[0])])
-    made = build_trainer(cfg, model, tokenizer, DatasetDict({"train": one, "test": one}))
+    with patch("scripts.training.load_model", second):
+        made = build_trainer(cfg, model, tokenizer, DatasetDict({"train": one, "test": one}))
     if refusal := getattr(made, "refusal", None):
         raise SystemExit(f"not simulated: {refusal}; set prefix_sharing=false")
     count = cfg.dpo.per_device_train_batch_size * 4

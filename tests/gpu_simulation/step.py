@@ -67,19 +67,23 @@ def base_model(cfg, ledger: Ledger):
     """The architecture with its linear layers replaced by transformers' own quantizer, and weights
     as fakes. A `Params4bit` cannot wrap a fake; a plain parameter with its attributes can."""
     quantization = get_quantization_config(cfg.model)
+    four, eight = cfg.model.load_in_4bit, cfg.model.load_in_8bit
     options = {"dtype": torch.bfloat16, "attn_implementation": cfg.model.attn_implementation}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(project.architecture(cfg), **options)
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": 0}, dtype=torch.bfloat16)
-        model.hf_quantizer, model.is_loaded_in_4bit, model.is_quantized = quantizer, True, True
+        model.hf_quantizer, model.is_quantized = quantizer, True
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = four, eight
     with ledger:
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
                 made = torch.empty(weight.shape, dtype=torch.bfloat16, device="cuda")
                 if isinstance(module, bnb.nn.Linear4bit):
                     made = quantized(module, weight, made)
+                elif isinstance(module, bnb.nn.Linear8bitLt):
+                    made = in_8_bits(made)
                 else:
                     made = nn.Parameter(made, requires_grad=False)
                 module._parameters[name] = made
@@ -103,13 +107,23 @@ def quantized(module, weight, made: torch.Tensor) -> nn.Parameter:
     return parameter
 
 
+def in_8_bits(made: torch.Tensor) -> nn.Parameter:
+    """`made` as a layer of 8 bits holds it before it is first used: CB, and a scale a row, SCB."""
+    parameter = nn.Parameter(torch.empty_like(made, dtype=torch.int8), requires_grad=False)
+    parameter.CB = parameter.data
+    parameter.SCB = torch.empty(made.shape[0], dtype=torch.float32, device="cuda")
+    return parameter
+
+
 class Phases(TrainerCallback):
     """Tells the ledger what the trainer is doing, and whose the gradients and moments are."""
 
-    def __init__(self, ledger: Ledger, model) -> None:
+    def __init__(self, ledger: Ledger, model, ref_model=None) -> None:
         self.ledger = ledger
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        model.register_forward_pre_hook(self._forward)
+        for one in (model, ref_model):
+            if one is not None:
+                one.register_forward_pre_hook(self._forward)
         # TRL's own way scores the reference between the policy's forward and its backward.
         model.register_forward_hook(lambda *_: ledger.phase("step"))
 
@@ -134,14 +148,19 @@ def simulate(case: dict) -> dict:
     lengths = tuple(case["lengths"] or project.worst_lengths(cfg))
     ledger = Ledger()
     ledger.phase("load")
+
+    def second(*_):  # the reference of a run without an adapter
+        with ledger.belongs("reference model"):
+            return base_model(cfg, ledger)
+
     with stand_ins(ledger):
-        model = base_model(cfg, ledger)
+        model = base_model(cfg, ledger).requires_grad_(not cfg.model.use_peft)
         tokenizer = conftest.llama3_tokenizer()
         tokenizer.pad_token = tokenizer.eos_token
         with ledger, ledger.belongs("adapter"):
-            trainer = project.trainer(cfg, model, tokenizer, lengths)
+            trainer = project.trainer(cfg, model, tokenizer, lengths, second)
             trained = [p for p in trainer.model.parameters() if p.requires_grad]
-            trainer.add_callback(Phases(ledger, trainer.model))
+            trainer.add_callback(Phases(ledger, trainer.model, trainer.ref_model))
             ledger.phase("set-up")
             trainer.train()
     return result(case, cfg, lengths, ledger, trained)
