@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from scripts.config import Config, RecipeError, config_from_args
 from scripts.generation import generate_replies
+from scripts.hub import fetch
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.formats import BadRow, Messages, as_messages
 from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
@@ -95,8 +96,8 @@ def transformers_sampler(cfg: Config, path: str, **sampling) -> Sampler:
 
     def load() -> Sample:
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=cfg.model.model_revision, dtype=cfg.model.dtype,
-            device_map={"": cfg.dpo.device},
+            path, revision=fetch(path, cfg.model.model_revision), dtype=cfg.model.dtype,
+            use_safetensors=True, device_map={"": cfg.dpo.device},
         )  # fmt: skip
         tokenizer = load_tokenizer(path, cfg.model.model_revision)
 
