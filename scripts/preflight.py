@@ -223,7 +223,9 @@ def model(cfg: Config) -> Iterator[Check]:
     elif falls_back(name, revision, state):
         yield Check(OK, "model", f"{name}: hub {state}, but PyPI has it")
     elif state in ("token", "revision", "busy"):
-        yield Check(FAIL, "model", why_not(name, revision, state))
+        fixes = {"token": "set HF_TOKEN to a new token, or unset it", "busy": "try again then",
+                 "revision": "check model_revision"}  # fmt: skip
+        yield Check(FAIL, "model", why_not(name, revision, state), fixes[state])
     elif state == "unreachable":
         yield Check(FAIL, "model", f"{name}: the hub cannot be reached",
                     "check the network and HF_HUB_OFFLINE, or give a folder")  # fmt: skip
