@@ -355,6 +355,22 @@ def _data(make: Callable[[Path], object], word: str) -> None:
         refused(lambda: load_config(DEFAULT, {"dataset_name": str(path)}), word)
 
 
+def _build(**options: object) -> None:
+    """Options of `data build` that argparse cannot check: refused before a model is looked for."""
+    from scripts.pairs.build import make_judge, parse_styles
+
+    args = cli.parse("data", ["build", "--prompts", "p"])
+    vars(args).update(options)
+    cfg = load_config(DEFAULT)
+    refused(lambda: (parse_styles(args.samples), make_judge(args, cfg)), "--")
+
+
+def _case(text: str) -> None:
+    from scripts.planning.lengths import parse_case
+
+    refused(lambda: parse_case(text), repr(text))
+
+
 def _split(**values: str) -> None:
     """A misspelt split of data that is here names those that there are."""
     from scripts.pairs.sources import require_splits
@@ -427,6 +443,14 @@ def processless() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "data: an empty file", partial(_data, Path.touch, "is empty")
     yield "data: an empty folder", partial(_data, Path.mkdir, "no data")
     yield "data: gone", partial(_data, lambda path: None, "no file or folder")
+    for text in ("0/1/1x1", "1/1x1", "a/b/cx1", "1/1/1x0", "-1/1/1x1", "1/1/1", ""):
+        yield f"case {text!r}", partial(_case, text)
+    for samples in ("plain=0", "plain", "loud=3", "plain=-1", "plain=1.5", "plain=9999999", ""):
+        yield f"--samples {samples!r}", partial(_build, samples=samples)
+    for url in ("localhost:8000", "ftp://x", "", None):
+        more = {"judge": "endpoint", "judge_model": "m", "judge_url": url}
+        yield f"--judge-url {url!r}", partial(_build, **more)
+    yield "--judge reward without a model", partial(_build, judge="reward")
     yield "split misspelt", partial(_split, dataset_train_split="trian")
     yield "test split misspelt", partial(_split, dataset_test_split="tset")
     for pairs in TAKEN:
