@@ -7,7 +7,7 @@ import time
 import zipfile
 
 import pytest
-from transformers import CTRLConfig
+from transformers import GPTJConfig
 
 from scripts import hub, login
 from scripts import model as model_step
@@ -149,14 +149,16 @@ def test_a_tokenizer_without_chat_template_is_refused(tiny_llama3, tmp_path):
 
 def test_a_family_without_sdpa_is_told_the_cure_before_its_weights(tiny_cfg, tmp_path):
     """The folder has no weights at all, so none can have been read."""
-    CTRLConfig(vocab_size=99, n_embd=16, dff=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4).save_pretrained(
+        tmp_path
+    )
     cfg = tiny_cfg()
-    with pytest.raises(RecipeError, match=r"`ctrl` .*; set attn_implementation: eager"):
+    with pytest.raises(RecipeError, match=r"`gptj` .*; set attn_implementation: eager"):
         load_model(cfg, str(tmp_path))
     cfg = tiny_cfg(lora_target_modules=["no_such_proj"])
     with pytest.raises(RecipeError, match="no_such_proj"):
         check_architecture(cfg, cfg.model.model_name_or_path)
-    cfg = tiny_cfg(lora_target_modules=["Wq"], attn_implementation="eager")
+    cfg = tiny_cfg(lora_target_modules=["q_proj"], attn_implementation="eager")
     check_architecture(cfg, str(tmp_path))
 
 

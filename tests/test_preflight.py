@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from transformers import CTRLConfig
+from transformers import GPTJConfig
 
 from scripts import hub as hub_client
 from scripts import preflight as module
@@ -181,7 +181,9 @@ def test_access_to_the_model_without_a_download(endpoint, answer, token, status,
 def test_folders_and_attention_are_looked_at(tiny_cfg, tmp_path):
     cfg = tiny_cfg()
     assert list(places(cfg)) == []
-    CTRLConfig(vocab_size=99, n_embd=16, dff=32, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4).save_pretrained(
+        tmp_path
+    )
     cfg.model.model_name_or_path = str(tmp_path)
     folders, attention = places(cfg)
     assert (folders.status, attention.status) == (FAIL, FAIL)
