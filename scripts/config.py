@@ -28,6 +28,8 @@ from scripts.places import check_dataset, check_model, check_run_folder
 from scripts.rules import contradictions
 from scripts.values import BadValue, checked, hints_of, missing_package, shown
 
+MOST_BRACKETS = 1000
+
 
 class ConfigError(InputError):
     """A mistake in a config file or an override."""
@@ -121,6 +123,8 @@ def _read_yaml(name: str, text: str) -> Any:
     Raises:
         ConfigError: it is no YAML, or a key stands twice in a mapping.
     """
+    if sum(map(text.count, "[{")) > MOST_BRACKETS:  # PyYAML's time grows with their square
+        raise ConfigError(f"{name} has more than {MOST_BRACKETS} brackets: that is no config")
     try:
         loader = _UniqueKeys(text)  # which reads the first characters at once
         loader.name = name
