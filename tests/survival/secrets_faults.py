@@ -13,8 +13,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -88,16 +90,43 @@ def tiny_config(folder: Path, **values) -> Path:
     return path
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """That of this process, with the canaries and with all caches and homes in `folder`."""
+@contextmanager
+def refusing() -> Iterator[str]:
+    """The address of a server that knows no key, whatever is asked of it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_response(401)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        do_POST = do_GET
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def environment(folder: Path, url: str) -> dict[str, str]:
+    """That of this process, with the canaries, all caches and homes in `folder`, and hub and W&B at
+    `url`."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
     places = {"HOME": home, "HF_HOME": home / "hf", "XDG_CACHE_HOME": home / "cache",
               "WANDB_DIR": home / "wandb", "WANDB_CACHE_DIR": home / "wandb-cache",
               "WANDB_CONFIG_DIR": home / "wandb-config", "TMPDIR": home,
               "IPYTHONDIR": home / "ipython", "JUPYTER_RUNTIME_DIR": home / "jupyter"}  # fmt: skip
-    more = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    more |= {"HF_HUB_VERBOSITY": "debug", "PYTHONFAULTHANDLER": "1"}
+    more = {"WANDB_BASE_URL": url, "HF_ENDPOINT": url, "HF_HUB_VERBOSITY": "debug"}
     return os.environ | {k: str(v) for k, v in places.items()} | more | CANARIES
 
 
@@ -118,8 +147,13 @@ def arguments_of_processes(of: int) -> set[str]:
 
 def run(folder: Path, *words: str) -> tuple[int, str, set[str]]:
     """Run a command with the canaries: its exit code, its output, and all command lines seen."""
+    with refusing() as url:
+        return _watched(words, environment(folder, url))
+
+
+def _watched(words: tuple[str, ...], env: dict[str, str]) -> tuple[int, str, set[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment(folder), text=True,
+        [sys.executable, "-m", *words], cwd=ROOT, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     seen: set[str] = set()
