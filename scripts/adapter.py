@@ -21,6 +21,8 @@ from trl import DPOTrainer
 
 from scripts.cli import RecipeError
 from scripts.config import Config
+from scripts.origins import read_origins
+from scripts.pairs.provenance import weights_state
 
 # What of an adapter's own config changes what the model computes with the same weights, or which
 # weights there are.
@@ -73,6 +75,7 @@ def load_adapter(model: PeftModel | PreTrainedModel, saved: Path) -> None:
             (such as `lora_alpha`, which scales the same weights otherwise) differ.
     """
     if isinstance(model, PeftModel):
+        refuse_other_base(saved, model.get_base_model().config.name_or_path)
         _refuse_other_settings(model, saved)
         weights = load_peft_weights(str(saved), device="cpu")
         _refuse_other_shapes(get_peft_model_state_dict(model), weights, saved)
@@ -81,6 +84,27 @@ def load_adapter(model: PeftModel | PreTrainedModel, saved: Path) -> None:
         weights = AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype).state_dict()
         _refuse_other_shapes(model.state_dict(), weights, saved)
         model.load_state_dict(weights)
+
+
+def refuse_other_base(saved: Path, base: str) -> None:
+    """Raise an `AdapterError` if the adapter in `saved` was trained on another model than `base`.
+
+    Two models of one architecture take each other's adapters in silence. Of folders the content
+    counts, where the run noted it; else the last name, which a copy of the hub's model keeps.
+    """
+    theirs = PeftConfig.from_pretrained(str(saved)).base_model_name_or_path or ""
+    content = read_origins(saved.parent).get("model", {}).get("content")
+    if content and Path(base).is_dir():
+        same = content == weights_state(base)
+    else:
+        there, here = (name.rstrip("/").split("/")[-1] for name in (theirs, base))
+        same = there == here or not there or not here
+    if not same:
+        raise AdapterError(
+            f"{saved} was trained on another model ({theirs}) than {base}: with the same shapes it "
+            "would load, and answer at random. Give the config that it was trained with: "
+            f"--config {saved.parent / 'config.yaml'}"
+        )
 
 
 def _refuse_other_settings(model: PeftModel, saved: Path) -> None:

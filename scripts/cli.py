@@ -26,6 +26,7 @@ COMMANDS = {
     "training": "train the adapter and save it",
     "evaluate": "measure a finished run's tuned model against its base model",
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
+    "repeat": "repeat a run from its folder, and compare figure by figure",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
     "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
     "launchable": "check, render, create and update the Brev launchable",
@@ -35,13 +36,53 @@ COMMANDS = {
 class RecipeError(Exception):
     """Something the user can put right; its one line says what, where and how."""
 
+    exit_code = 1
+
+
+class InputError(RecipeError):
+    """A mistake in what the user gave: a config, an override, a path. Nothing was loaded yet."""
+
+    exit_code = 2  # as argparse ends after a mistyped option
+
 
 def command(main: Callable[..., None], *arguments) -> None:
-    """Run `main` as a program: a `RecipeError` ends it with its one line and exit code 1."""
+    """Run `main` as a program: a `RecipeError` ends it with its one line and its exit code."""
     try:
         main(*arguments)
     except RecipeError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number of at least `least`."""
+
+    def read(text: str) -> int:
+        if not text.strip().lstrip("+-").isdecimal() or len(text) > 18 or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, got {text!r}"
+            )
+        return int(text)
+
+    return read
+
+
+def number(least: float, most: float = 1e9, *, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that takes a number from `least`, or only `above` it, to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most or (above and value == least):
+            raise argparse.ArgumentTypeError(
+                f"must be a number {'above' if above else 'from'} {least:g} "
+                f"{'and at most' if above else 'to'} {most:g}, got {text!r}"
+            )
+        return value
+
+    return read
 
 
 def argument_parser(name: str, **more) -> argparse.ArgumentParser:
@@ -74,7 +115,7 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     if words and words[0] in actions:
         action, *words = words
     full_name = f"{name} {action}" if action != default else name
-    parser = argument_parser(full_name)
+    parser = _repeat() if name == "repeat" else argument_parser(full_name)
     if actions and action == default:
         parser.usage = f"python -m scripts.{name} [{' | '.join(actions)}] [options]"
     if add := OPTIONS.get(full_name):
@@ -88,12 +129,26 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
 ACTIONS = {"data": ("look", ("look", "check", "build")), "plan": ("run", ("run", "validate"))}
 
 
+def _repeat() -> argparse.ArgumentParser:
+    """The options of `repeat`, whose config is that of the run folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.repeat",
+        description=f"{COMMANDS['repeat'].capitalize()}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run_folder", type=Path, help="the run folder, with config.yaml and metrics.jsonl")
+    add("--output-dir", type=Path, help="where the repeated run goes (default: <name>-repeat)")
+    add("--tolerance", type=number(0), default=0.0, help="a figure may differ by so much")
+    return parser
+
+
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, help="training pairs (default: train_samples)")
+    parser.add_argument("--pairs", type=whole(1), help="training pairs (default: train_samples)")
     parser.add_argument("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time")
 
 
@@ -102,24 +157,25 @@ def _build(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
     add("--out", type=Path, default=Path("outputs/pairs"), help="folder to fill")
     add("--samples", default="plain=4,brief=2,accurate=2", help="answers by style")
-    add("--max-new-tokens", type=int, default=192, help="cap on an answer")
-    add("--temperature", type=float, default=0.7, help="0 is greedy, 1 the model's own")
-    add("--top-p", type=float, default=0.9, help="sample from the likeliest tokens of this share")
-    add("--batch-size", type=int, default=64, help="answers sampled at a time")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--max-new-tokens", type=whole(1), default=192, help="cap on an answer")
+    add("--temperature", type=number(0, 10), default=0.7, help="0 is greedy, 1 the model's own")
+    add("--top-p", type=number(0, 1, above=True), default=0.9,
+        help="sample from the likeliest tokens of this share")  # fmt: skip
+    add("--batch-size", type=whole(1), default=64, help="answers sampled at a time")
+    add("--seed", type=whole(0), default=0, help="of the sampling")
     add("--backend", choices=["auto", "transformers", "vllm"], default="auto",
         help="auto: vLLM where it is installed and there is a GPU")  # fmt: skip
     add("--judge", choices=["rule", "reward", "endpoint"], default="rule", help="who pairs them")
     add("--judge-model", help="the reward model, or the endpoint's model")
     add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
-    add("--pairs-per-prompt", type=int, default=1, help="endpoint: at most so many")
-    add("--least-gap", type=float, default=0.0, help="reward: nearer is a tie")
+    add("--pairs-per-prompt", type=whole(1), default=1, help="endpoint: at most so many")
+    add("--least-gap", type=number(0), default=0.0, help="reward: nearer is a tie")
 
 
 def _benchmark(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
-    add("--repeats", type=int, default=3, help="processes a case and way to train")
+    add("--repeats", type=whole(1), default=3, help="processes a case and way to train")
     add("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"],
         help="how the weights are held")  # fmt: skip
     add("--profile", metavar="CASE", help="only profile prefix sharing on CASE")
@@ -131,7 +187,7 @@ def _acceptance(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.set_defaults(config=None)  # the short 8B config on a GPU, else the default
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what to run on")
-    add("--minutes", type=float, default=20, help="stop after so long")
+    add("--minutes", type=number(0, 1e6, above=True), default=20, help="stop after so long")
     add("--parts", nargs="*", help="only these: prepare, plan, tests, simulation, benchmark, "
         "'end to end'")  # fmt: skip
 

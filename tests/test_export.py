@@ -1,6 +1,7 @@
 """What training made is saved, put back, merged into 16-bit weights, and the merge is proved."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scripts.data import load_preferences
 from scripts.evaluate import pair_logps
 from scripts.export import MergeError, completion_logps, merge_adapter
 from scripts.model import load_tokenizer
+from scripts.pairs.provenance import weights_state
 from scripts.pairs.tokens import tokenize_pairs
 from scripts.run import summary
 
@@ -156,6 +158,27 @@ def test_an_adapter_of_another_config_is_refused(adapted, tmp_path, settings, me
     assert message in str(error.value) and len(str(error.value).splitlines()) == 1
     assert f"--config {tmp_path / 'run' / 'config.yaml'}" in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_of_another_base_with_equal_shapes_is_refused(adapted, tiny_llama3, tmp_path):
+    saved = tmp_path / "run" / "adapter"
+    adapted().save_pretrained(saved)
+    other = tmp_path / "another"
+    shutil.copytree(tiny_llama3, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model = get_peft_model(model, adapted().peft_config["default"])
+    with pytest.raises(AdapterError, match="was trained on another model"):
+        load_adapter(model, saved)
+    # Where the run noted the content, a copy under another name is the same model ...
+    origin = {"name": str(tiny_llama3), "commit": None, "content": weights_state(str(other))}
+    (tmp_path / "run" / "origins.json").write_text(json.dumps({"model": origin}))
+    load_adapter(model, saved)
+    # ... and other weights under the same name are another.
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="was trained on another model"):
+        load_adapter(model, saved)
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(adapted, tmp_path):

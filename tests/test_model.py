@@ -7,15 +7,29 @@ import time
 import zipfile
 
 import pytest
+from transformers import GPTJConfig
 
-from scripts import login
+from scripts import hub, login
 from scripts import model as model_step
 from scripts.cli import ROOT, RecipeError
 from scripts.login import HubError, hub_login, hub_state, someone_is_there
-from scripts.model import WHEELS, Wheel, load_tokenizer, model_from_wheel, resolve_model
+from scripts.model import (
+    WHEELS,
+    Wheel,
+    check_architecture,
+    load_model,
+    load_tokenizer,
+    model_from_wheel,
+    resolve_model,
+)
 
 NAME = "meta-llama/Meta-Llama-3-8B-Instruct"
 SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    monkeypatch.setattr(hub, "BREATH", 0.01)
 
 
 def hub_answers(model=(200, {}, b'{"id": "m", "gated": false}'), auth=(200, {}, b"{}")):
@@ -34,9 +48,11 @@ MISSING = (401, {"X-Error-Code": "RepoNotFound"}, b"{}")
         (hub_answers(GATED), "hf_good", "granted"),
         (hub_answers(GATED, REFUSED), None, "login"),
         (hub_answers(GATED, REFUSED), "hf_other", "login"),
-        (hub_answers(MISSING), None, "login"),
+        (hub_answers(MISSING), None, "missing"),
+        (hub_answers((401, {}, b"{}")), "hf_old", "token"),
+        (hub_answers((404, {"X-Error-Code": "RevisionNotFound"}, b"{}")), None, "revision"),
         (hub_answers(MISSING), "hf_any", "missing"),
-        (hub_answers((500, {}, b"oops")), None, "unreachable"),
+        (hub_answers((500, {}, b"oops")), None, "busy"),
         (hub_answers((200, {}, b"not json")), None, "unreachable"),
     ],
 )
@@ -85,7 +101,7 @@ def test_a_name_the_hub_does_not_know(endpoint):
 
 def test_no_hub_and_no_wheel_is_one_clear_error(endpoint):
     endpoint(hub_answers((500, {}, b"")))
-    with pytest.raises(HubError, match="hub cannot be reached"):
+    with pytest.raises(HubError, match=r"the hub fails \(500\), 4 times in a row"):
         resolve_model(NAME)
 
 
@@ -129,6 +145,31 @@ def test_a_tokenizer_without_chat_template_is_refused(tiny_llama3, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_llama3 / "config.json").read_bytes())
     with pytest.raises(RecipeError, match="no chat template: name an Instruct model"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_family_without_sdpa_is_told_the_cure_before_its_weights(tiny_cfg, tmp_path):
+    """The folder has no weights at all, so none can have been read."""
+    GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4).save_pretrained(
+        tmp_path
+    )
+    cfg = tiny_cfg()
+    with pytest.raises(RecipeError, match=r"`gptj` .*; set attn_implementation: eager"):
+        load_model(cfg, str(tmp_path))
+    cfg = tiny_cfg(lora_target_modules=["no_such_proj"])
+    with pytest.raises(RecipeError, match="no_such_proj"):
+        check_architecture(cfg, cfg.model.model_name_or_path)
+    cfg = tiny_cfg(lora_target_modules=["q_proj"], attn_implementation="eager")
+    check_architecture(cfg, str(tmp_path))
+
+
+def test_a_tokenizer_that_is_damaged_is_one_line(tiny_llama3, tmp_path):
+    for file in tiny_llama3.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(RecipeError, match=r"the tokenizer of .* cannot be read") as refused:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 def test_llama3_has_no_padding_token_and_is_given_its_end_of_turn(tiny_llama3):

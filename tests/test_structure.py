@@ -13,9 +13,10 @@ from scripts.cli import COMMANDS, ROOT
 # Downstream order: a room may import from those before it, and from itself. A step of the story
 # (a file at the top of scripts/) is a room of its own.
 ORDER = [
-    "cli", "config", "measures", "pairs.reading", "plots", "monitoring", "login", "model",
+    "cli", "values", "places", "rules", "config", "hub", "measures", "pairs.reading", "plots",
+    "monitoring", "origins", "login", "model",
     "generation", "pairs.building", "data", "sharing", "adapter", "training", "planning",
-    "preflight", "evaluate", "export", "plan", "benchmark", "run",
+    "preflight", "evaluate", "export", "plan", "benchmark", "run", "repeat",
     "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {"scripts.pairs.build", "scripts.pairs.judges"}  # the part of pairs that needs a model

@@ -86,7 +86,7 @@ def login() -> Login:
 
 def expired(token: str) -> bool:
     """Whether an access token says itself that its time is over."""
-    if token == "auto-login":  # what the CLI keeps until it first renews
+    if token == "auto-login":  # noqa: S105, what the CLI keeps until it first renews
         return True
     try:
         claims = token.split(".")[1]

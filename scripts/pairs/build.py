@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from scripts.cli import InputError
 from scripts.config import Config, RecipeError, config_from_args
 from scripts.generation import generate_replies
+from scripts.hub import fetch
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.formats import BadRow, Messages, as_messages
 from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
@@ -95,8 +97,8 @@ def transformers_sampler(cfg: Config, path: str, **sampling) -> Sampler:
 
     def load() -> Sample:
         model = AutoModelForCausalLM.from_pretrained(
-            path, revision=cfg.model.model_revision, dtype=cfg.model.dtype,
-            device_map={"": cfg.dpo.device},
+            path, revision=fetch(path, cfg.model.model_revision), dtype=cfg.model.dtype,
+            use_safetensors=True, device_map={"": cfg.dpo.device},
         )  # fmt: skip
         tokenizer = load_tokenizer(path, cfg.model.model_revision)
 
@@ -261,8 +263,8 @@ def parse_styles(text: str) -> dict[str, int]:
     styles = {}
     for part in text.split(","):
         name, _, count = part.partition("=")
-        if name not in STYLES or not count.isdigit():
-            raise RecipeError(f"--samples takes style=count of {', '.join(STYLES)}, got {part!r}")
+        if name not in STYLES or not count.isdecimal() or len(count) > 6 or int(count) < 1:
+            raise InputError(f"--samples takes style=count of {', '.join(STYLES)}, got {part!r}")
         styles[name] = int(count)
     return styles
 
@@ -272,7 +274,9 @@ def make_judge(args: argparse.Namespace, cfg: Config) -> Judge:
     if args.judge == "rule":
         return Rule()
     if not args.judge_model or (args.judge == "endpoint" and not args.judge_url):
-        raise RecipeError(f"--judge {args.judge} needs --judge-model (and endpoint --judge-url)")
+        raise InputError(f"--judge {args.judge} needs --judge-model (and endpoint --judge-url)")
+    if args.judge == "endpoint" and not args.judge_url.startswith(("http://", "https://")):
+        raise InputError(f"--judge-url must begin with http:// or https://, got {args.judge_url!r}")
     if args.judge == "reward":
         return RewardModel(args.judge_model, cfg.dpo.device, args.least_gap)
     return Endpoint(args.judge_url, args.judge_model, pairs=args.pairs_per_prompt)

@@ -117,7 +117,9 @@ class RewardModel:
         try:
             self.tokenizer = load_tokenizer(path)
             self.model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=torch.float32 if str(device) == "cpu" else torch.bfloat16
+                path,
+                dtype=torch.float32 if str(device) == "cpu" else torch.bfloat16,
+                use_safetensors=True,
             ).to(device)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]

@@ -25,7 +25,7 @@ from scripts.pairs.checks import (
     token_problems,
 )
 from scripts.pairs.formats import FORMATS, BadRow, detect, fits, further_columns, to_pair
-from scripts.pairs.sources import DataError, Row, read_source
+from scripts.pairs.sources import DataError, Row, named_splits, read_source
 from scripts.pairs.tokens import SIDES, end_tokens, tokenize_pairs
 
 CHUNK = 2000  # pairs tokenised at a time
@@ -44,9 +44,9 @@ def check_preferences(
     Raises:
         DataError: the data is not there, or has no such split or columns.
     """
-    source = read_source(cfg.script)
+    source = read_source(cfg)
     report = Report(max_length=cfg.dpo.max_length, truncation=cfg.dpo.truncation_mode)
-    train, test = _named_splits(cfg, source)
+    train, test = (source.get(name) for name in named_splits(cfg, list(source)))
     special = special_pattern(tokenizer) if tokenizer else None
     good = {}
     for split, rows in {"train": train, "test": test}.items():
@@ -88,16 +88,6 @@ def _generation_config(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Gener
 def _pairs_and_wheres(placed: list[tuple[str, dict]]) -> tuple[list[dict], list[str]]:
     """The pairs of a split, and their places."""
     return [pair for _, pair in placed], [where for where, _ in placed]
-
-
-def _named_splits(cfg: Config, source: dict[str, list[Row]]) -> tuple[list[Row], list[Row] | None]:
-    args = cfg.script
-    if args.dataset_train_split not in source:
-        raise DataError(
-            f"{args.dataset_name} has no split {args.dataset_train_split!r}, only "
-            f"{', '.join(source)}; set dataset_train_split"
-        )
-    return source[args.dataset_train_split], source.get(args.dataset_test_split)
 
 
 def _readable(

@@ -8,6 +8,7 @@ number instead of failing the whole file. Everything else (Parquet, Arrow, the h
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset, load_dataset_builder
-from trl import ScriptArguments
 
-from scripts.config import ROOT, RecipeError
+from scripts.config import ROOT, Config, ConfigError, RecipeError
+from scripts.hub import patiently
 
 Row = tuple[str, dict[str, Any] | None, str]  # where it stands; the row, or None and what is wrong
 TEXT = {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
@@ -28,15 +29,15 @@ class DataError(RecipeError):
     """The data cannot be read as preference pairs: what, where and how to fix it."""
 
 
-def read_source(args: ScriptArguments) -> dict[str, list[Row]]:
-    """All rows of `args.dataset_name` by split: a file, a folder, or a dataset on the hub.
+def read_source(cfg: Config) -> dict[str, list[Row]]:
+    """All rows of the dataset of `cfg`, by split: a file, a folder, or a dataset on the hub.
 
     A folder's data card may name its splits. A single file is the training split.
 
     Raises:
         DataError: there is no such data, or it cannot be read at all.
     """
-    name = args.dataset_name
+    args, name = cfg.script, cfg.script.dataset_name
     if name is None:
         raise DataError("dataset_name is not set: name a file, a folder or a hub dataset")
     local = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
@@ -53,15 +54,47 @@ def read_source(args: ScriptArguments) -> dict[str, list[Row]]:
             kind = "parquet" if local.suffix == ".parquet" else local.suffix.lstrip(".")
             source = load_dataset(kind, data_files=str(local), **fresh)
         else:
-            source = load_dataset(
-                str(local or name), args.dataset_config, **(fresh if local else {})
+            more = fresh if local else {"revision": cfg.recipe.dataset_revision}
+            source = patiently(
+                lambda: load_dataset(str(local or name), args.dataset_config, **more)
             )
-    except DataError:
+    except RecipeError:
         raise
     except Exception as error:  # each of the many loaders raises errors of its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot load dataset {name!r}: {reason}") from error
     return {split: list(_numbered(rows, split)) for split, rows in source.items()}
+
+
+def require_splits(cfg: Config) -> None:
+    """Refuse splits that the data on this machine does not have, before any row of it is read.
+
+    Raises:
+        ConfigError: it names the nearest split that there is.
+    """
+    name = cfg.script.dataset_name
+    local = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
+    if local:
+        named_splits(cfg, list(_local_files(local, cfg.script.dataset_config)))
+
+
+def named_splits(cfg: Config, splits: list[str]) -> tuple[str, str | None]:
+    """The training split of `splits`, and the test split: None if the data has none and the config
+    asks for none.
+
+    Raises:
+        ConfigError: the config names another; a misspelt test split must not be made up for.
+    """
+    train, test = cfg.script.dataset_train_split, cfg.script.dataset_test_split
+    asked = "dataset_test_split" in cfg.given
+    for key, split in {"dataset_train_split": train, "dataset_test_split": test}.items():
+        if split not in splits and (key == "dataset_train_split" or asked):
+            near = difflib.get_close_matches(split, splits, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"`{key}`: {cfg.script.dataset_name} has no split {split!r}, only "
+                f"{', '.join(splits)}; did you mean {near[0] if near else 'other data'!r}?"
+            )
+    return train, test if test in splits else None
 
 
 def _local_files(path: Path, config: str | None) -> dict[str, list[Path]]:

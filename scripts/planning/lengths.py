@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scripts.cli import RecipeError
+from scripts.cli import InputError
 from scripts.config import Config
 
 
@@ -26,9 +26,14 @@ def parse_case(case: str) -> tuple[int, int, int, int]:
     try:
         sizes, pairs = case.split("x")
         prompt, chosen, rejected = map(int, sizes.split("/"))
-        return prompt, chosen, rejected, int(pairs)
+        found = prompt, chosen, rejected, int(pairs)
     except ValueError:
-        raise RecipeError(f"a case is prompt/chosen/rejectedxpairs or data, got {case!r}") from None
+        found = ()
+    if not found or min(found) < 1:
+        raise InputError(
+            f"a case is prompt/chosen/rejectedxpairs, each at least 1, or data, got {case!r}"
+        )
+    return found
 
 
 def lengths_of(batch: dict) -> np.ndarray:
