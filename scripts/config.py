@@ -32,6 +32,7 @@ class ConfigError(RecipeError):
 
 AtLeast1 = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+AUTO = "auto"  # a value that the data decides
 
 
 @dataclass
@@ -46,7 +47,8 @@ class RecipeArguments:
     on_bad_rows: Literal["error", "drop"] = "drop"  # dropped ones are written down
     train_samples: AtLeast1 | None = None  # use this many training pairs (None: all of them)
     eval_samples: AtLeast1 | None = None  # likewise for the held-out pairs
-    test_split_size: Share = 0.02  # held out when the data has no test split of its own
+    # Held out when the data has no test split of its own; auto: enough to tell, at most a fifth.
+    test_split_size: Share | Literal["auto"] = "auto"
     prefix_sharing: bool = True  # run each prompt once (scripts/sharing), not TRL's way
     prefix_attention: Literal["segments", "mask", "flex"] = "segments"
     max_new_tokens: AtLeast1 = 256  # cap on a reply when the model is tried before and after
@@ -77,11 +79,27 @@ class Config:
         """Whether this process is the one that writes, prints and logs: the first, or the only."""
         return self.dpo.process_index == 0
 
+    @property
+    def length_is_open(self) -> bool:
+        """Whether `max_length` is still to be chosen from the data (`auto`); until then
+        `dpo.max_length` holds TRL's default, or an estimate."""
+        return self.given.get("max_length") == AUTO
+
+    def settle_max_length(self, length: int) -> None:
+        """Put the chosen `max_length` in place of `auto`, in this run's saved config too."""
+        path = self.run_dir / "config.yaml"
+        ours = self.is_main_process and path.is_file() and path.read_text() == self._text()
+        self.dpo.max_length = self.given["max_length"] = length
+        if ours:
+            self.save(path)
+
     def save(self, path: Path) -> None:
         """Write the config so that `load_config(path)` gives this run again."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = dataclasses.asdict(self.recipe) | self.given
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        path.write_text(self._text())
+
+    def _text(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self.recipe) | self.given, sort_keys=False)
 
 
 PARTS: dict[str, type] = {
@@ -94,7 +112,6 @@ PARTS: dict[str, type] = {
 RANGES = {
     "lora_r": Field(ge=1),
     "lora_alpha": Field(ge=1),
-    "max_length": Field(ge=2),
     "beta": Field(gt=0, allow_inf_nan=False),
     "lora_dropout": Field(ge=0, lt=1),
     "ld_alpha": Field(ge=0, le=1),
@@ -115,6 +132,8 @@ HINTS: dict[str, Any] = {
     if f.init
 }
 HINTS |= {name: Annotated[HINTS[name], limits] for name, limits in RANGES.items()}
+# auto: what covers nearly all pairs of the data and fits the memory (scripts/planning/auto.py).
+HINTS["max_length"] = Annotated[int, Field(ge=2)] | Literal["auto"] | None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -152,6 +171,9 @@ def load_config(
 ) -> Config:
     """Read the YAML file `path`, apply `overrides`, and build the run's arguments.
 
+    A `max_length` in the file is for the file's data: with another `dataset_name` among the
+    overrides and no `max_length`, it is `auto`. A run that is resumed keeps the one it began with.
+
     With `may_lack_gpu` a config for a GPU is read on a machine without one, to plan or check a run
     that another machine will do. What the config itself says stays in `given`.
 
@@ -176,12 +198,20 @@ def load_config(
     given = {key: _checked(path.name, key, value) for key, value in values.items()}
     given |= {key: _checked("override", key, value) for key, value in (overrides or {}).items()}
     given.setdefault("output_dir", f"outputs/{path.stem}")
+    other_data = given.get("dataset_name") != values.get("dataset_name")
+    if other_data and "max_length" not in (overrides or {}):
+        given["max_length"] = AUTO
+    if given.get("max_length") == AUTO and given.get("resume_from_checkpoint"):
+        given["max_length"] = _length_of_run(Path(given["output_dir"]) / "config.yaml")
     values = given | {"use_cpu": True} if may_lack_gpu and not torch.cuda.is_available() else given
     try:
         parts = {
-            name: part(**{k: v for k, v in values.items() if k in _field_names(part)})
+            name: part(**{
+                k: v for k, v in values.items()
+                if k in _field_names(part) and (k, v) != ("max_length", AUTO)
+            })
             for name, part in PARTS.items()
-        }
+        }  # fmt: skip
     except (ValueError, TypeError, ImportError) as error:
         no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in str(error))
         raise ConfigError(f"{path.name}: {error}{no_gpu}") from error
@@ -199,6 +229,12 @@ def load_config(
         # TRL makes a list of one its name, which PEFT would read as a pattern for whole names.
         parts["model"].lora_target_modules = targets if targets != ["all-linear"] else targets[0]
     return Config(**parts, given=given)
+
+
+def _length_of_run(path: Path) -> int | str | None:
+    """The `max_length` that the run with this saved config chose, or `auto` if there is none."""
+    saved = _read_yaml(path.name, path.read_text()) if path.is_file() else None
+    return saved.get("max_length", AUTO) if isinstance(saved, dict) else AUTO
 
 
 def _field_names(part: type) -> set[str]:
