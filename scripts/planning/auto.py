@@ -32,6 +32,11 @@ def settle_max_length(cfg: Config, lengths: np.ndarray) -> None:
         print(said)
 
 
+def estimate_max_length(cfg: Config, lengths: np.ndarray) -> None:
+    """Reckon with what `auto` will choose, and leave the choice open for the exact tokens."""
+    cfg.dpo.max_length, _ = choose_max_length(cfg, lengths)
+
+
 def choose_max_length(cfg: Config, lengths: np.ndarray) -> tuple[int, str]:
     """The length that covers 95% of the pairs, or the longest that the model and the memory plan
     allow; and a sentence that says so, with its price in memory and time."""
@@ -46,12 +51,13 @@ def choose_max_length(cfg: Config, lengths: np.ndarray) -> tuple[int, str]:
     length = wanted if planned(cfg, sizes, wanted) <= room else _longest(cfg, sizes, wanted, room)
     length = min(length or wanted, context)
     longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    needed = planned(cfg, sizes, length)
     said = (
-        f"max_length: {length}, chosen from the data: {(longest <= length).mean():.0%} of the pairs "
-        f"fit whole (median {np.median(longest):.0f} tokens, longest {longest.max()}). "
-        f"Planned memory {planned(cfg, sizes, length):.1f} GB{where}; {_price(cfg, config, sizes, lengths, length)}."
+        f"max_length: {length}, chosen from the data: {(longest <= length).mean():.0%} of the pairs"
+        f" fit whole (median {np.median(longest):.0f} tokens, longest {longest.max():.0f}). Planned"
+        f" memory {needed:.1f} GB{where}; {_price(cfg, config, sizes, lengths, length)}."
     )
-    if planned(cfg, sizes, length) > room:
+    if needed > room:
         said += " WARNING: by the plan that does not fit."
     if length < min(wanted, context):
         said += f" {wanted} tokens would cover 95%, and do not fit"

@@ -11,7 +11,6 @@ import numpy as np
 from scripts.cli import ROOT
 from scripts.config import Config
 from scripts.pairs.load import check_preferences, held_out_count
-from scripts.pairs.report import covering_length
 from scripts.planning.lengths import Lengths
 from scripts.planning.table import table
 
@@ -28,6 +27,12 @@ class DatasetSize(NamedTuple):
     source: str
 
 
+def is_local(cfg: Config) -> bool:
+    """Whether the dataset is a file or folder on this machine."""
+    name = cfg.script.dataset_name
+    return bool(name) and any(Path(root, name).exists() for root in (ROOT, "."))
+
+
 def dataset_size(cfg: Config) -> DatasetSize:
     """How many pairs a run trains on, and how long they usually are.
 
@@ -38,7 +43,7 @@ def dataset_size(cfg: Config) -> DatasetSize:
         DataError: the dataset is on this machine and cannot be read.
     """
     name, limit = cfg.script.dataset_name, cfg.recipe.train_samples
-    if name and any(Path(root, name).exists() for root in (ROOT, ".")):
+    if is_local(cfg):
         train = check_preferences(cfg)[0]["train"]
         usual = mean_lengths(cfg, train) if len(train) else None
         return DatasetSize(min(len(train), limit or len(train)), usual, name)
@@ -50,14 +55,8 @@ def dataset_size(cfg: Config) -> DatasetSize:
 
 
 def mean_lengths(cfg: Config, pairs: list[dict]) -> Lengths:
-    """Mean tokens of prompt, chosen and rejected, estimated from the bytes of their text.
-
-    Where `max_length` is `auto`, the estimate of what it will be goes into `cfg` first.
-    """
-    lengths = estimated_lengths(pairs)
-    if cfg.length_is_open:
-        cfg.dpo.max_length = covering_length(lengths)
-    return cut(cfg, lengths)
+    """Mean tokens of prompt, chosen and rejected, estimated from the bytes of their text."""
+    return cut(cfg, estimated_lengths(pairs))
 
 
 def estimated_lengths(pairs: list[dict]) -> np.ndarray:
