@@ -258,10 +258,16 @@ def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, st
 
 
 def near_repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Pairs that share nearly all of their words with an earlier one: (index, kind, detail)."""
+    """Pairs that share nearly all of their words with an earlier one: (index, kind, detail).
+
+    Those that are the same when normalised are left to `repeats`.
+    """
+    keys = [_pair_key(pair, normalised) for pair in pairs]
+    first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
     texts = ("\n".join(_conversation(pair[s], normalised) for s in SIDES) for pair in pairs)
     for index, first in near(texts):
-        yield index, "near_duplicate", f"nearly the same pair as {wheres[first]}"
+        if first_of[keys[index]] == index:
+            yield index, "near_duplicate", f"nearly the same pair as {wheres[first]}"
 
 
 def _pair_key(pair: dict, form: Callable[[str], str]) -> tuple[int, ...]:
