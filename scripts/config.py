@@ -35,6 +35,9 @@ class ConfigError(InputError):
     """A mistake in a config file or an override."""
 
 
+AUTO = "auto"  # a value that the data decides
+
+
 @dataclass
 class RecipeArguments:
     """What the recipe needs beyond TRL's own arguments; ranges are in `values.RANGES`."""
@@ -48,7 +51,8 @@ class RecipeArguments:
     dataset_revision: str | None = None  # branch, tag or commit of a dataset on the hub
     train_samples: int | None = None  # use this many training pairs (None: all of them)
     eval_samples: int | None = None  # likewise for the held-out pairs
-    test_split_size: float = 0.02  # held out when the data has no test split of its own
+    # Held out when the data has no test split of its own; auto: enough to tell, at most a fifth.
+    test_split_size: float | Literal["auto"] = "auto"
     prefix_sharing: bool = True  # run each prompt once (scripts/sharing), not TRL's way
     prefix_attention: Literal["segments", "mask", "flex"] = "segments"
     max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
@@ -87,11 +91,27 @@ class Config:
         """Whether this process is the one that writes, prints and logs: the first, or the only."""
         return self.dpo.process_index == 0
 
+    @property
+    def length_is_open(self) -> bool:
+        """Whether `max_length` is still to be chosen from the data (`auto`); until then
+        `dpo.max_length` holds TRL's default, or an estimate."""
+        return self.given.get("max_length") == AUTO
+
+    def settle_max_length(self, length: int) -> None:
+        """Put the chosen `max_length` in place of `auto`, in this run's saved config too."""
+        path = self.run_dir / "config.yaml"
+        ours = self.is_main_process and path.is_file() and path.read_text() == self._text()
+        self.dpo.max_length = self.given["max_length"] = length
+        if ours:
+            self.save(path)
+
     def save(self, path: Path) -> None:
         """Write the config so that `load_config(path)` gives this run again."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = dataclasses.asdict(self.recipe) | self.given
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        path.write_text(self._text())
+
+    def _text(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self.recipe) | self.given, sort_keys=False)
 
 
 PARTS: dict[str, type] = {
@@ -151,6 +171,9 @@ def load_config(
 ) -> Config:
     """Read the YAML file `path`, apply `overrides`, and build the run's arguments.
 
+    A `max_length` in the file is for the file's data: with another `dataset_name` among the
+    overrides and no `max_length`, it is `auto`. A run that is resumed keeps the one it began with.
+
     `output_dir`, if given, is the run folder. With `may_lack_gpu` a config for a GPU is read on a
     machine without one, to plan or check a run that another machine will do; the folders that it
     names may be that machine's, too, and are not looked at. What the config itself says stays in
@@ -172,6 +195,11 @@ def load_config(
     overrides = (overrides or {}) | ({"output_dir": output_dir} if output_dir is not None else {})
     given |= {key: _checked("override", key, value) for key, value in overrides.items()}
     given.setdefault("output_dir", f"outputs/{path.stem}")
+    other_data = given.get("dataset_name") != values.get("dataset_name")
+    if other_data and "max_length" not in overrides:
+        given["max_length"] = AUTO
+    if given.get("max_length") == AUTO and given.get("resume_from_checkpoint"):
+        given["max_length"] = _length_of_run(Path(given["output_dir"]) / "config.yaml")
     for key, value in given.items():
         if not may_lack_gpu and (package := missing_package(key, value)):
             raise ConfigError(f"{path.name}: `{key}: {value}` needs {package}, not installed here")
@@ -226,6 +254,8 @@ def _read_file(path: str | Path) -> tuple[Path, dict]:
 
 def _built(where: str, values: dict[str, Any]) -> dict[str, Any]:
     """The argument objects of `PARTS` with `values` in them."""
+    if values.get("max_length") == AUTO:  # TRL's default stands until the data is read
+        values = {k: v for k, v in values.items() if k != "max_length"}
     try:
         return {
             name: part(**{k: v for k, v in values.items() if k in _field_names(part)})
@@ -248,6 +278,12 @@ def _culprits(values: dict[str, Any]) -> list[str]:
                 part(**{k: v for k, v in rest.items() if k in _field_names(part)})
             found.append(key)
     return found[:2]
+
+
+def _length_of_run(path: Path) -> int | str | None:
+    """The `max_length` that the run with this saved config chose, or `auto` if there is none."""
+    saved = _read_yaml(path.name, path.read_text()) if path.is_file() else None
+    return saved.get("max_length", AUTO) if isinstance(saved, dict) else AUTO
 
 
 def _field_names(part: type) -> set[str]:

@@ -27,9 +27,10 @@ from scripts.model import load_tokenizer, resolve_model
 from scripts.origins import dataset_origin, record_origin
 from scripts.pairs.checks import KINDS, Finding, Report
 from scripts.pairs.load import check_preferences
-from scripts.pairs.report import report_text
+from scripts.pairs.report import held_out_text, report_text
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import SIDES, templated, tokenize_pairs
+from scripts.planning.auto import settle_max_length
 
 
 def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> DatasetDict:
@@ -48,14 +49,13 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = No
         DataError: the data is not there, has no such split or columns, or no usable row; or it has
             bad rows, and `on_bad_rows` is `error`.
     """
-    pairs, report = check_preferences(cfg, tokenizer)
+    pairs, report = check_preferences(cfg, tokenizer, settle_max_length)
     record_origin(cfg, "dataset", dataset_origin(cfg))
     if report.bad():
         _settle(cfg, report)
-    for split, rows in pairs.items():
-        if len(rows) == 0:
-            total = report.rows[split]
-            raise DataError(f"none of the {total} rows of {split} is a usable pair{_worst(report)}")
+    require_pairs(pairs, report)
+    if cfg.is_main_process:
+        print(held_out_text(report.prompts["test"]))
     limits = {"train": cfg.recipe.train_samples, "test": cfg.recipe.eval_samples}
     return DatasetDict(
         {
@@ -67,8 +67,33 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = No
     )
 
 
-def _worst(report: Report) -> str:
-    counts = Counter(f.kind for f in report.bad()).most_common(3)
+def require_pairs(pairs: DatasetDict, report: Report) -> None:
+    """Refuse data that leaves nothing to train on, or nothing to measure with.
+
+    Raises:
+        DataError: a split has no usable pair.
+    """
+    usable = sum(map(len, pairs.values()))
+    for split, rows in pairs.items():
+        if len(rows) > 0:
+            continue
+        if usable and report.held_out:
+            raise DataError(
+                f"only one prompt has usable pairs{_worst(report)}; it takes two at least, one to "
+                "train on and one to hold out"
+            )
+        total = report.rows[split] or sum(report.rows.values())
+        which = split if report.rows[split] else "the data"
+        raise DataError(
+            f"none of the {total} rows of {which} is a usable pair{_worst(report, split)}; "
+            "python -m scripts.data check names each row and the way to fix it"
+        )
+
+
+def _worst(report: Report, split: str | None = None) -> str:
+    """The most frequent faults of bad rows, of one split or of both."""
+    bad = [f for f in report.bad() if split in (None, f.split)]
+    counts = Counter(f.kind for f in bad).most_common(3)
     return "".join(f"; {count} × {KINDS[kind].what}" for kind, count in counts)
 
 
@@ -126,13 +151,18 @@ def check(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Print the report on the data, and write its findings and a figure to the run folder.
 
     Raises:
-        DataError: there are bad rows, and `on_bad_rows` is `error`.
+        DataError: a split has no usable pair, or there are bad rows and `on_bad_rows` is `error`.
     """
-    _, report = check_preferences(cfg, tokenizer)
+    pairs, report = check_preferences(cfg, tokenizer, settle_max_length)
     print(report_text(report))
+    if len(pairs["train"]):
+        print("\nOne pair as the model sees it:")
+        for part, text in templated(pairs["train"][0], tokenizer).items():
+            print(f"--- {part}\n{text}")
     folder = cfg.run_dir / "data_check"
-    plots.save(plots.data_check(report), folder / "check.png")
     print(f"\nAll findings: {write_findings(cfg, 'data_check/findings.jsonl', report.findings)}")
+    require_pairs(pairs, report)
+    plots.save(plots.data_check(report), folder / "check.png")
     print(f"Figure: {folder / 'check.png'}")
     bad = len({(f.split, f.where) for f in report.bad()})
     if bad and cfg.recipe.on_bad_rows == "error":

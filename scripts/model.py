@@ -147,6 +147,20 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     return tokenizer
 
 
+def tokenizer_at_hand(name: str, revision: str = "main") -> PreTrainedTokenizerBase | None:
+    """The tokenizer of `name` if it is on this machine: a folder, converted before, or cached."""
+    converted = Path(constants.HF_HOME) / "converted" / name.split("/")[-1]
+    folder = Path(name).expanduser()
+    path = next((p for p in (folder, converted) if (p / "config.json").exists()), None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path or name), revision=revision, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    return tokenizer if tokenizer.chat_template else None
+
+
 def load_model(cfg: Config, path: str) -> PreTrainedModel:
     """The policy's base model, quantized as `cfg.model` says, on the device that trains it.
 

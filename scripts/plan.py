@@ -19,10 +19,14 @@ import math
 
 from scripts.config import Config, config_from_args
 from scripts.monitoring.quiet import quiet
+from scripts.pairs.load import check_preferences
+from scripts.planning.auto import estimate_max_length
 from scripts.planning.dataset import (
     DatasetSize,
     dataset_size,
+    estimated_lengths,
     global_batch,
+    is_local,
     kept_checkpoints,
     trained_pairs,
     training_steps,
@@ -111,6 +115,11 @@ def main(args: argparse.Namespace) -> None:
 
         return validate()
     cfg = config_from_args(args, may_lack_gpu=True)
+    if cfg.length_is_open and is_local(cfg):
+        train = check_preferences(cfg)[0]["train"]
+        if len(train):
+            estimate_max_length(cfg, estimated_lengths(train))
+            print(f"max_length: auto, about {cfg.dpo.max_length} (an estimate from the text)")
     data = dataset_size(cfg)
     if args.pairs:
         data = data._replace(pairs=args.pairs, source="--pairs")

@@ -30,12 +30,20 @@ import torch
 from huggingface_hub import HfApi, constants, get_token
 
 from scripts.config import ROOT, Config, RecipeError, check_places, config_from_args
+from scripts.data import require_pairs
 from scripts.login import falls_back, hub_state, why_not
-from scripts.model import attention_problem
+from scripts.model import attention_problem, tokenizer_at_hand
 from scripts.monitoring.quiet import quiet
 from scripts.monitoring.tracking import has_wandb_key
-from scripts.pairs.sources import require_splits
-from scripts.planning.dataset import dataset_size, kept_checkpoints, training_steps
+from scripts.pairs.load import check_preferences
+from scripts.planning.auto import estimate_max_length
+from scripts.planning.dataset import (
+    dataset_size,
+    estimated_lengths,
+    is_local,
+    kept_checkpoints,
+    training_steps,
+)
 from scripts.planning.hardware import checkpoint_bytes, needs, on_gpu
 from scripts.planning.machine import (
     DriverError,
@@ -138,8 +146,8 @@ def triton(cfg: Config) -> Iterator[Check]:
         yield Check(WARN, "Triton", finding, FIX)
 
 
-def memory(cfg: Config) -> Iterator[Check]:
-    """Free memory and disk against the plan."""
+def memory(cfg: Config, pairs: int | None = None) -> Iterator[Check]:
+    """Free memory and disk against the plan; `pairs` are those that are trained on, if known."""
     try:
         sizes = model_sizes(cfg, architecture(cfg))
     except ValueError as error:  # PEFT's, of modules that the model does not have
@@ -154,13 +162,13 @@ def memory(cfg: Config) -> Iterator[Check]:
         yield Check(WARN, "GPU memory", f"{max(needed.values()):.1f} GB planned, no GPU to ask")
     else:
         yield _room(needed, cuda)
-    yield from _disk(cfg, sizes)
+    yield from _disk(cfg, sizes, pairs)
 
 
-def _disk(cfg: Config, sizes: ModelSizes) -> Iterator[Check]:
+def _disk(cfg: Config, sizes: ModelSizes, pairs: int | None) -> Iterator[Check]:
     """A line for each disk that model and run are written to."""
     try:
-        pairs = dataset_size(cfg).pairs
+        pairs = pairs or dataset_size(cfg).pairs
     except RecipeError:  # the check of the dataset says what is wrong with it
         pairs = cfg.recipe.train_samples or 10_000
     kept = kept_checkpoints(cfg, training_steps(cfg, pairs))
@@ -245,13 +253,40 @@ def model(cfg: Config) -> Iterator[Check]:
                     f"accept the licence at {page}, then export HF_TOKEN=...")  # fmt: skip
 
 
+def local_data(cfg: Config) -> tuple[list[Check], int | None]:
+    """What a run would say to the data on this machine, with the same checks, and how many pairs
+    it would train on. Where `max_length` is `auto`, the plan takes what it is likely to be."""
+    name = cfg.script.dataset_name
+    tokenizer = tokenizer_at_hand(cfg.model.model_name_or_path, cfg.model.model_revision)
+    try:
+        pairs, report = check_preferences(cfg, tokenizer, estimate_max_length)
+        require_pairs(pairs, report)
+    except RecipeError as error:
+        fix = "python -m scripts.data check"
+        return [Check(FAIL, "dataset", str(error), fix if fix not in str(error) else "")], None
+    if cfg.length_is_open and tokenizer is None:
+        estimate_max_length(cfg, estimated_lengths(pairs["train"]))
+    count = min(len(pairs["train"]), cfg.recipe.train_samples or len(pairs["train"]))
+    finding = f"{name}: {len(pairs['train']):,} pairs to train on, {len(pairs['test']):,} held out"
+    if cfg.length_is_open:
+        finding += f", max_length about {cfg.dpo.max_length}"
+    if tokenizer is None:
+        finding += " (tokens not checked: the tokenizer is not here yet)"
+    bad = len({(f.split, f.where) for f in report.bad()})
+    if not bad:
+        return [Check(OK, "dataset", finding)], count
+    status = FAIL if cfg.recipe.on_bad_rows == "error" else WARN
+    finding += f", {bad} bad {'row' if bad == 1 else 'rows'}"
+    return [Check(status, "dataset", finding, "python -m scripts.data check")], count
+
+
 def dataset(cfg: Config) -> Iterator[Check]:
-    """Whether the dataset is there."""
+    """Whether the dataset is there, and on this machine whether it can be trained on."""
     name = cfg.script.dataset_name
     if name is None:
         yield Check(FAIL, "dataset", "dataset_name is not set", "name a file, folder or dataset")
-    elif (ROOT / name).exists() or Path(name).exists():
-        yield from _splits(cfg)
+    elif is_local(cfg):
+        yield from local_data(cfg)[0]
     else:
         try:
             HfApi().dataset_info(name, revision=cfg.recipe.dataset_revision, timeout=8)
@@ -260,16 +295,6 @@ def dataset(cfg: Config) -> Iterator[Check]:
             reason = (str(error) or type(error).__name__).splitlines()[0][:90]
             yield Check(FAIL, "dataset", f"{name}: {reason}",
                         "check the spelling and the network, or give a folder")  # fmt: skip
-
-
-def _splits(cfg: Config) -> Iterator[Check]:
-    """Whether a dataset on this machine has the splits that the config names."""
-    try:
-        require_splits(cfg)
-    except Exception as error:  # a folder's data card may be broken in any way
-        yield Check(FAIL, "dataset", " ".join(str(error).split())[:200], "see dataset_*_split")
-    else:
-        yield Check(OK, "dataset", f"{cfg.script.dataset_name}: on this machine")
 
 
 def places(cfg: Config) -> Iterator[Check]:
@@ -309,15 +334,19 @@ def tracking(cfg: Config) -> Iterator[Check]:
                         "the run is recorded offline")  # fmt: skip
 
 
-LOCAL = (gpu, triton, places, memory, versions)
+LOCAL = (gpu, triton, places, versions)
 REMOTE = (model, dataset, tracking)
 
 
 def preflight(cfg: Config, patience: float = PATIENCE) -> list[Check]:
     """All checks, in order. The remote ones run side by side and have `patience` seconds."""
     pool = ThreadPoolExecutor(len(REMOTE))
-    asked = {check: pool.submit(lambda c=check: list(c(cfg))) for check in REMOTE}
+    local = is_local(cfg)
+    remote = [check for check in REMOTE if not (local and check is dataset)]
+    asked = {check: pool.submit(lambda c=check: list(c(cfg))) for check in remote}
+    lines, pairs = local_data(cfg) if local else ([], None)  # first: the plan reckons with it
     checks = [line for check in LOCAL for line in check(cfg)]
+    checks += [*memory(cfg, pairs), *lines]
     for check, future in asked.items():
         try:
             checks += future.result(timeout=patience)

@@ -111,6 +111,8 @@ NAMES: dict[str, list[str]] = {
     "lora_task_type": [TaskType.CAUSAL_LM.value],  # the head that DPO trains
     "bnb_4bit_quant_storage": ["uint8", "int8", "float16", "bfloat16", "float32", "float64"],
     "pad_to_multiple_of": ["auto"],
+    "max_length": ["auto"],
+    "test_split_size": ["auto"],
     "include_num_input_tokens_seen": ["all", "non_padding", "no"],
 }
 F_DIVERGENCE_LOSSES = _listed("f_divergence_type", "support a non-default value")

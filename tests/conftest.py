@@ -156,6 +156,7 @@ def tiny_cfg(tiny_llama3, pairs_folder, tmp_path):
         values = {
             "model_name_or_path": str(tiny_llama3),
             "dataset_name": str(pairs_folder),
+            "max_length": 160,
             "output_dir": str(tmp_path / "run"),
             "load_in_4bit": False,
             "dtype": "float32",

@@ -14,12 +14,13 @@ from scripts.cli import COMMANDS, ROOT
 # (a file at the top of scripts/) is a room of its own.
 ORDER = [
     "cli", "values", "places", "rules", "config", "hub", "measures", "pairs.reading", "plots",
-    "monitoring", "origins", "login", "model",
-    "generation", "pairs.building", "data", "sharing", "adapter", "training", "planning",
-    "preflight", "evaluate", "export", "plan", "benchmark", "run", "repeat",
+    "monitoring", "origins", "login", "model", "generation", "pairs.building", "sharing",
+    "planning", "data", "adapter", "training", "planning.trying", "preflight", "probes",
+    "evaluate", "export", "plan", "benchmark", "run", "repeat",
     "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {"scripts.pairs.build", "scripts.pairs.judges"}  # the part of pairs that needs a model
+TRYING = {"scripts.planning.trial", "scripts.planning.validate"}  # the part that trains
 APART = {"launchable"}  # a room that only the first may serve
 
 
@@ -52,6 +53,8 @@ def graph() -> dict[str, set[str]]:
 def room(module: str) -> str:
     if module in BUILDING:
         return "pairs.building"
+    if module in TRYING:
+        return "planning.trying"
     name = module.split(".")[1]
     return "pairs.reading" if name == "pairs" else name
 

@@ -7,6 +7,7 @@ are remarks on rows that are used.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -17,6 +18,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from scripts.pairs.formats import Messages
+from scripts.pairs.similar import near
+from scripts.pairs.wording import breaks_off, encoding_problem, entity, script
+
+SIDES = ("prompt", "chosen", "rejected")
 
 
 class Kind(NamedTuple):
@@ -29,10 +34,12 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "unreadable": Kind(True, "not a row at all", "correct the line, or export the file anew"),
-    "encoding": Kind(True, "wrongly decoded text", "export the source as UTF-8; do not patch it"),
+    "encoding": Kind(True, "wrongly decoded text", "as the finding says: it depends on the cause"),
     "missing": Kind(True, "a field is missing or null", "fill it in; see dataset_columns"),
     "type": Kind(True, "a value of the wrong type", "write it as text (tools: as a list)"),
-    "roles": Kind(True, "roles out of order", "system?, then user and assistant by turns"),
+    "roles": Kind(
+        True, "roles out of order", "system?, then user and assistant (and its tools) by turns"
+    ),
     "turns": Kind(True, "an answer of several turns", "put earlier turns into the prompt"),
     "empty": Kind(True, "an empty prompt or answer", "leave the row out, or fill it in"),
     "equal": Kind(True, "chosen and rejected are the same", "leave it out: it teaches nothing"),
@@ -48,11 +55,21 @@ KINDS: dict[str, Kind] = {
         True, "the same answers, either one chosen", "keep one of the rows, or neither"
     ),
     "leak": Kind(True, "a held-out prompt is trained on too", "keep it in one split only"),
+    "near_leak": Kind(False, "nearly a held-out prompt", "keep it in one split only"),
     "near_equal": Kind(False, "the answers hardly differ", "see that the difference is meant"),
     "near_duplicate": Kind(False, "nearly the same pair again", "see that both are meant"),
     "truncated": Kind(False, "an answer is cut at max_length", "raise max_length if memory allows"),
     "breaks_off": Kind(False, "chosen stops mid-sentence", "prefer answers that were finished"),
     "markup": Kind(False, "marks of another chat template", "strip them, or name the right format"),
+    "json_text": Kind(False, "messages as JSON text", "store them as a list, not as text"),
+    "entities": Kind(False, "HTML entities in the text", "unescape them (Python: html.unescape)"),
+    "outer_space": Kind(False, "white space around an answer", "strip it, or the model learns it"),
+    "echo": Kind(False, "an answer that repeats the prompt", "leave the repeated part out"),
+    "scores": Kind(False, "chosen scored below rejected", "swap the answers, or leave it out"),
+    "languages": Kind(False, "answers in different scripts", "see that the difference is meant"),
+    "tools_unseen": Kind(
+        False, "tools that the template leaves out", "use a model whose template shows tools"
+    ),
 }
 
 
@@ -72,6 +89,9 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)  # in the source, by split
     lengths: dict[str, np.ndarray] = field(default_factory=dict)  # (pairs, 3), by split
+    formats: dict[str, str] = field(default_factory=dict)  # as told by the columns, by split
+    prompts: dict[str, int] = field(default_factory=dict)  # of the usable pairs, by split
+    held_out: bool = False  # whether the test split was drawn from the training rows
     max_length: int | None = None
     truncation: str = "keep_start"
 
@@ -80,9 +100,9 @@ class Report:
         return [f for f in self.findings if KINDS[f.kind].bad]
 
 
-# UTF-8 that was read as Latin-1 or Windows-1252: an accented letter, a curly quote, a BOM.
-MOJIBAKE = re.compile("Ã[\x80-\xbf]|â€[™œ˜”“¦\x9d\x93\x94]|Â[\xa0°»«]|ï»¿")
-UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\ufffd\ufffe\uffff\ud800-\udfff]")
+# User and assistant by turns; an assistant's tools answer it, and it may call them again.
+_TURN = r"user(?: assistant(?: tool)+)*"
+TALK = re.compile(f"(?:{_TURN} assistant )*{_TURN}")
 INVISIBLE = re.compile("[\\s\u200b-\u200f\u2060\ufeff]+")
 MARKUP = re.compile(
     r"\[/?INST\]|<</?SYS>>|<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|endoftext|"
@@ -90,6 +110,13 @@ MARKUP = re.compile(
     r"\n\nHuman: ",
     re.MULTILINE,
 )
+
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+)  # fmt: skip
+LEAST_ECHO = 20  # characters of a prompt that an answer does not begin with by chance
 
 
 def normalised(text: str) -> str:
@@ -104,25 +131,31 @@ def _trimmed(text: str) -> str:
     return text.strip()
 
 
+def spoken(message: dict) -> str:
+    """All that a message says: its content, and its tool calls as JSON."""
+    calls = message.get("tool_calls")
+    return message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
 def _conversation(messages: Messages, form: Callable[[str], str]) -> str:
-    """One text for a list of messages, with each content put through `form`."""
-    return "\n".join(f"{m['role']}: {form(m['content'])}" for m in messages)
+    """One text for a list of messages, with what each says put through `form`."""
+    return "\n".join(f"{m['role']}: {form(spoken(m))}" for m in messages)
 
 
 def roles_problem(pair: dict[str, Messages]) -> tuple[str, str] | None:
     """What is wrong with the order of the roles, as (kind, detail), or None."""
     prompt = [m["role"] for m in pair["prompt"]]
     for role in prompt + [m["role"] for s in ("chosen", "rejected") for m in pair[s]]:
-        if role not in ("system", "user", "assistant"):
+        if role not in ("system", "user", "assistant", "tool"):
             return "roles", f"unknown role {role!r}"
     if not prompt:
         return "empty", "the prompt is empty"
     if "system" in prompt[1:]:
         return "roles", "a system message that is not the first"
     talk = prompt[1:] if prompt[0] == "system" else prompt
-    if not talk or talk[-1] != "user":
+    if not talk or talk[-1] not in ("user", "tool"):
         return "roles", "the prompt does not end with the user's message"
-    if talk != ["user", "assistant"] * (len(talk) // 2) + ["user"]:
+    if not TALK.fullmatch(" ".join(talk)):
         return "roles", "user and assistant do not take turns in the prompt"
     for side in ("chosen", "rejected"):
         roles = [m["role"] for m in pair[side]]
@@ -152,10 +185,10 @@ def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iter
     if problem:
         yield problem
         return
-    texts = [(s, m["content"]) for s in ("prompt", "chosen", "rejected") for m in pair[s]]
+    texts = [(s, spoken(m)) for s in ("prompt", "chosen", "rejected") for m in pair[s]]
     for side, text in texts:
-        if match := UNWANTED.search(text) or MOJIBAKE.search(text):
-            yield "encoding", f"{side} has {match.group()!a} at character {match.start()}"
+        if found := encoding_problem(text):
+            yield "encoding", f"{side} has {found}"
         if not INVISIBLE.sub("", text):
             yield "empty", f"{side} is empty or white space"
         match = special and special.search(text)
@@ -163,16 +196,39 @@ def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iter
             yield "special", f"{side} has {match.group()!r} typed in it"
         elif match := MARKUP.search(text):
             yield "markup", f"{side} has {match.group().strip()!r}"
-    chosen, rejected = (pair[side][-1]["content"] for side in ("chosen", "rejected"))
-    if INVISIBLE.sub("", chosen):  # an empty one is reported as that
-        if chosen.strip() == rejected.strip():
-            where = "" if chosen == rejected else ", but for white space around them"
-            yield "equal", f"the two answers are the same, word for word{where}"
-        elif normalised(chosen) == normalised(rejected):
-            yield "near_equal", "the answers differ only in case, spacing, width or end marks"
-    end = chosen.rstrip()[-1:]
-    if (end.isascii() and end.isalpha()) or end in (",", ";"):
-        yield "breaks_off", f"chosen ends with {chosen.rstrip()[-20:]!r}"
+        if match := MESSAGES_AS_TEXT.match(text):
+            yield "json_text", f"{side} begins with {match.group()!r}"
+        elif found := entity(text):
+            yield "entities", f"{side} has {found}"
+    yield from _answer_problems(pair)
+
+
+def _answer_problems(pair: dict[str, Messages]) -> Iterator[tuple]:
+    """What is wrong with the two answers of a pair, beside each other and beside the prompt."""
+    answers = {side: spoken(pair[side][-1]) for side in ("chosen", "rejected")}
+    chosen, rejected = answers.values()
+    if not INVISIBLE.sub("", chosen):  # reported as empty
+        return
+    if chosen.strip() == rejected.strip():
+        where = "" if chosen == rejected else ", but for white space around them"
+        yield "equal", f"the two answers are the same, word for word{where}"
+    elif normalised(chosen) == normalised(rejected):
+        yield "near_equal", "the answers differ only in case, spacing, width or end marks"
+    if found := breaks_off(chosen):
+        yield "breaks_off", f"chosen ends {found}"
+    asked = normalised(pair["prompt"][-1]["content"])
+    for side, text in answers.items():
+        if text != text.strip():
+            yield "outer_space", f"{side} begins or ends with white space"
+        if len(asked) >= LEAST_ECHO and normalised(text).startswith(asked):
+            yield "echo", f"{side} begins with the whole of the prompt's last message"
+    scripts = [script(text) for text in answers.values()]
+    if None not in scripts and scripts[0] != scripts[1]:
+        yield "languages", f"chosen is in {scripts[0]} letters, rejected in {scripts[1]}"
+    for names in SCORES:
+        one, other = (pair.get(name) for name in names)
+        if isinstance(one, int | float) and isinstance(other, int | float) and one < other:
+            yield "scores", f"{names[0]} {one:g} is below {names[1]} {other:g}"
 
 
 def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
@@ -201,9 +257,22 @@ def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, st
                     yield one, "contradiction", f"the other way round in {wheres[two]}"
 
 
+def near_repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Pairs that share nearly all of their words with an earlier one: (index, kind, detail).
+
+    Those that are the same when normalised are left to `repeats`.
+    """
+    keys = [_pair_key(pair, normalised) for pair in pairs]
+    first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
+    texts = ("\n".join(_conversation(pair[s], normalised) for s in SIDES) for pair in pairs)
+    for index, first in near(texts):
+        if first_of[keys[index]] == index:
+            yield index, "near_duplicate", f"nearly the same pair as {wheres[first]}"
+
+
 def _pair_key(pair: dict, form: Callable[[str], str]) -> tuple[int, ...]:
     """Hashes of prompt, chosen and rejected: of many long pairs, the texts would not fit twice."""
-    return tuple(hash(_conversation(pair[side], form)) for side in ("prompt", "chosen", "rejected"))
+    return tuple(hash(_conversation(pair[side], form)) for side in SIDES)
 
 
 def prompt_key(pair: dict) -> str:
@@ -224,6 +293,33 @@ def leaks(train: list[dict], held_out: list[dict], wheres: list[str]) -> Iterato
     for index, pair in enumerate(train):
         if prompt_key(pair) in held:
             yield index, "leak", f"the prompt of {held[prompt_key(pair)]}, which is held out"
+    for index, first in near(map(prompt_key, train), map(prompt_key, held_out)):
+        if prompt_key(train[index]) not in held:
+            yield index, "near_leak", f"nearly the prompt of {wheres[first]}, which is held out"
+
+
+def tool_problems(
+    pair: dict, ids: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple]:
+    """Tool calls and tools that the chat template leaves out of the text that is trained on.
+
+    Such a call would be trained on as an empty answer, or leave a tool's reply without its call.
+    """
+    calls = {
+        side: [call["function"]["name"] for m in pair[side] for call in m.get("tool_calls") or ()]
+        for side in SIDES
+    }
+    tools = pair.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools or []
+    if not tools and not any(calls.values()):
+        return
+    texts = {side: tokenizer.decode(ids[f"{side}_ids"]) for side in SIDES}
+    for side, names in calls.items():
+        if unseen := [name for name in names if name not in texts[side]]:
+            yield "template", f"the chat template leaves out {side}'s tool call {unseen[0]!r}"
+    names = [tool.get("function", tool).get("name") for tool in tools]
+    if unseen := [name for name in names if name and name not in texts["prompt"]]:
+        yield "tools_unseen", f"the chat template leaves out the tool {unseen[0]!r}"
 
 
 def token_problems(

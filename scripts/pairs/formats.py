@@ -24,7 +24,10 @@ from trl import extract_prompt
 
 Messages = list[dict[str, str]]
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = {
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "observation": "tool", "function": "tool",
+}  # fmt: skip
 WIDE_END = re.compile("[。？！：]")  # ends a sentence without a space after it
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -62,9 +65,35 @@ def as_messages(value: Any, role: str, what: str) -> Messages:
         speaker = message.get("role", message.get("from"))
         if not isinstance(speaker, str):
             raise BadRow("roles", f"{what} has a message without a role")
-        content = text_of(message.get("content", message.get("value")), f"{what}'s content")
-        messages.append({"role": ROLES.get(speaker, speaker), "content": content})
+        content = message.get("content", message.get("value"))
+        kept = {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
+        if calls := content if speaker == "function_call" else message.get("tool_calls"):
+            kept["tool_calls"] = _tool_calls(calls, what)
+            content = "" if speaker == "function_call" else content or ""
+        content = text_of(content, f"{what}'s content")
+        messages.append({"role": ROLES.get(speaker, speaker), "content": content} | kept)
     return messages
+
+
+def _tool_calls(calls: Any, what: str) -> list[dict]:
+    """The tool calls of a message as chat templates read them: `{"type", "function": {"name",
+    "arguments"}}`, the arguments as an object. JSON text and a call without its wrapping do."""
+    wrong = BadRow("type", f"{what} has tool calls that are no list of name and arguments")
+    try:
+        calls = json.loads(calls) if isinstance(calls, str) else calls
+        made = []
+        for call in calls if isinstance(calls, list) else [calls]:
+            function = dict(call.get("function") or call)
+            if isinstance(function.get("arguments"), str):
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+            if not isinstance(function.get("name"), str):
+                raise wrong
+            about = {"name": function["name"], "arguments": function.get("arguments") or {}}
+            made.append({k: call[k] for k in ("id",) if call.get(k)} | {"type": "function",
+                         "function": about})  # fmt: skip
+    except (ValueError, TypeError, AttributeError):
+        raise wrong from None
+    return made
 
 
 def _pair(prompt: Messages, chosen: Messages, rejected: Messages) -> dict[str, Messages]:

@@ -3,76 +3,128 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from random import Random
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from scripts.config import Config, ConfigError
+from scripts.config import AUTO, Config, ConfigError
 from scripts.pairs.checks import (
     KINDS,
+    SIDES,
     Finding,
     Report,
     leaks,
+    near_repeats,
     prompt_key,
     repeats,
     special_pattern,
     text_problems,
     token_problems,
+    tool_problems,
 )
 from scripts.pairs.formats import FORMATS, BadRow, detect, fits, further_columns, to_pair
+from scripts.pairs.report import WIDTH, Z, covering_length
 from scripts.pairs.sources import DataError, Row, named_splits, read_source
-from scripts.pairs.tokens import SIDES, end_tokens, tokenize_pairs
+from scripts.pairs.tokens import end_tokens, tokenize_pairs
 
-CHUNK = 2000  # pairs tokenised at a time
+CHUNK = 2000  # pairs tokenised at a time, and at most for choosing max_length
+MOST_HELD_OUT = 0.2
 MESSAGES = [Features(role=Value("string"), content=Value("string"))]
 
 
 def check_preferences(
-    cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None
+    cfg: Config,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settle: Callable[[Config, np.ndarray], object] | None = None,
 ) -> tuple[DatasetDict, Report]:
     """Read and check the data that `cfg` names.
 
-    Without a `tokenizer`, what depends on tokens is not checked. Returns the pairs without the bad
-    rows, as `train` and `test`, and the report on all rows. On the way, the pairs of a split are a
-    list of (place, pair): a place such as `train.jsonl:7` is what a finding is reported with.
+    Without a `tokenizer`, what depends on tokens is not checked. Where `max_length` is `auto`,
+    `settle` is given the tokens of prompt, chosen and rejected of pairs of the data, (pairs, 3),
+    and puts a number into `cfg`; without it, the report takes the length that covers most pairs.
+    Returns the pairs without the bad rows, as `train` and `test`, and the report on all rows. Data
+    without a test split has one drawn from its usable pairs, after all checks, so that no bad row
+    is held out. On the way, the pairs of a split are a list of (place, pair): a place such as
+    `train.jsonl:7` is what a finding is reported with.
 
     Raises:
-        DataError: the data is not there, or has no such split or columns.
+        DataError: the data is not there, is empty, or has no such split or columns.
     """
     source = read_source(cfg)
-    report = Report(max_length=cfg.dpo.max_length, truncation=cfg.dpo.truncation_mode)
+    report = Report(truncation=cfg.dpo.truncation_mode)
     train, test = (source.get(name) for name in named_splits(cfg, list(source)))
     special = special_pattern(tokenizer) if tokenizer else None
-    good = {}
-    for split, rows in {"train": train, "test": test}.items():
-        good[split] = _readable(rows, split, cfg, special, report) if rows is not None else None
-    if good["test"] is None:
-        good["train"], good["test"] = _hold_out(good["train"], cfg)
-        total, held = report.rows["train"], len(good["test"])
-        report.rows = {"train": total - held, "test": held}
+    good = {"train": _readable(train, "train", cfg, special, report)}
+    if test is not None:
+        good["test"] = _readable(test, "test", cfg, special, report)
     for split, placed in good.items():
-        good[split] = _without(placed, split, repeats(*_pairs_and_wheres(placed)), report)
-    held_out, wheres = _pairs_and_wheres(good["test"])
-    problems = leaks(_pairs_and_wheres(good["train"])[0], held_out, wheres)
-    good["train"] = _without(good["train"], "train", problems, report)
+        placed = _without(placed, split, repeats(*_pairs_and_wheres(placed)), report)
+        good[split] = _without(placed, split, near_repeats(*_pairs_and_wheres(placed)), report)
+    if test is not None:
+        held_out, wheres = _pairs_and_wheres(good["test"])
+        problems = leaks(_pairs_and_wheres(good["train"])[0], held_out, wheres)
+        good["train"] = _without(good["train"], "train", problems, report)
     names = dict.fromkeys(key for placed in good.values() for _, pair in placed for key in pair)
     columns = [name for name in names if name not in SIDES]
     pairs = DatasetDict({k: _as_dataset(placed, columns) for k, placed in good.items()})
     if tokenizer:
+        report.max_length = _max_length(cfg, pairs, tokenizer, settle)
         ends = end_tokens(tokenizer, _generation_config(cfg, tokenizer))
         for split, placed in good.items():
             problems = _token_checks(pairs[split], split, tokenizer, ends, report)
             bad = _bad(placed, split, problems, report)
-            if bad:
-                pairs[split] = pairs[split].select(sorted({*range(len(placed))} - bad))
-                lengths = np.delete(report.lengths[split], sorted(bad), axis=0)
-                report.lengths[split] = lengths
+            _keep(sorted({*range(len(placed))} - bad), split, pairs, good, report)
+    else:
+        report.max_length = None if cfg.length_is_open else cfg.dpo.max_length
+    if test is None:
+        _hold_out(pairs, good, report, cfg)
+    report.prompts = {k: len({prompt_key(p) for _, p in placed}) for k, placed in good.items()}
     return pairs, report
+
+
+def _keep(
+    rows: list[int], split: str, pairs: DatasetDict, good: dict[str, list], report: Report
+) -> None:
+    """Keep only `rows` of a split, in the pairs, their places and their lengths alike."""
+    if len(rows) < len(good[split]):
+        pairs[split] = pairs[split].select(rows)
+        good[split] = [good[split][i] for i in rows]
+        if split in report.lengths:
+            report.lengths[split] = report.lengths[split][rows]
+
+
+def _max_length(
+    cfg: Config,
+    pairs: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    settle: Callable[[Config, np.ndarray], object] | None,
+) -> int | None:
+    """The config's `max_length`, chosen now if it is `auto`, from a sample of training pairs."""
+    if not cfg.length_is_open:
+        return cfg.dpo.max_length
+    count = len(pairs["train"])
+    some = sorted(Random(cfg.dpo.seed).sample(range(count), min(CHUNK, count)))
+    rows = _tokenized(_columns_read(pairs["train"]).select(some).to_list(), tokenizer)
+    sizes = [[len(row[f"{s}_ids"]) for s in SIDES] for row in rows if isinstance(row, dict)]
+    if not sizes:
+        return cfg.dpo.max_length
+    lengths = np.array(sizes)
+    if settle is None:
+        return covering_length(lengths)
+    settle(cfg, lengths)
+    return cfg.dpo.max_length
+
+
+def _columns_read(pairs: Dataset) -> Dataset:
+    """`pairs` with what tokens are made of."""
+    read = [*SIDES, "tools", "chat_template_kwargs"]
+    return pairs.select_columns([name for name in read if name in pairs.column_names])
 
 
 def _generation_config(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig | None:
@@ -95,13 +147,18 @@ def _readable(
 ) -> list[tuple[str, dict]]:
     """The rows that can be read as pairs, each with its place; findings go to `report`."""
     report.rows[split] = len(rows)
+    if not rows:
+        raise DataError(f"{cfg.script.dataset_name} has no rows in {split}: it is empty")
+    if all(row is None for _, row, _ in rows):
+        where, _, problem = rows[0]
+        raise DataError(f"none of the {len(rows)} rows of {split} can be read; {where}: {problem}")
     if names := cfg.recipe.dataset_columns:
         _require_columns(names, rows)
         rows = [
             (where, row and {names.get(k, k): v for k, v in row.items()}, problem)
             for where, row, problem in rows
         ]
-    name = _format_of(rows, cfg)
+    report.formats[split] = name = _format_of(rows, cfg)
     good = []
     for where, row, problem in rows:
         if row is None:
@@ -156,15 +213,37 @@ def _format_of(rows: list[Row], cfg: Config) -> str:
     return name
 
 
-def _hold_out(placed: list, cfg: Config) -> tuple[list, list]:
-    """Draw `test_split_size` of the prompts for the test split: (training pairs, test pairs). All
-    pairs of a prompt, in any spelling, go to the same side."""
-    keys = [prompt_key(pair) for _, pair in placed]
+def held_out_count(size: float | str, prompts: int) -> int:
+    """How many of `prompts` prompts are held out: the share `size`, or with `auto` as many as tell
+    a share within `WIDTH`, but at most `MOST_HELD_OUT` of them."""
+    if size == AUTO:
+        return max(1, min(math.ceil(Z**2 / 4 / WIDTH**2), round(MOST_HELD_OUT * prompts)))
+    return max(1, round(size * prompts))
+
+
+def _hold_out(pairs: DatasetDict, good: dict[str, list], report: Report, cfg: Config) -> None:
+    """Draw the test split from the usable pairs, in place. All pairs of a prompt, in any spelling,
+    go to the same side, and what was found of them along with them."""
+    keys = [prompt_key(pair) for _, pair in good["train"]]
     names = sorted(set(keys))
-    count = max(1, round(cfg.recipe.test_split_size * len(names)))
-    held = set(Random(cfg.dpo.seed).sample(names, min(count, len(names))))
-    train = [f for f, key in zip(placed, keys, strict=True) if key not in held]
-    return train, [f for f, key in zip(placed, keys, strict=True) if key in held]
+    count = min(held_out_count(cfg.recipe.test_split_size, len(names)), len(names))
+    held = set(Random(cfg.dpo.seed).sample(names, count))
+    sides = {
+        "train": [i for i, key in enumerate(keys) if key not in held],
+        "test": [i for i, key in enumerate(keys) if key in held],
+    }
+    places = {good["train"][i][0] for i in sides["test"]}
+    for parts in (pairs, good, report.lengths):
+        if "train" in parts:
+            parts["test"] = parts["train"]
+    for split, rows in sides.items():
+        _keep(rows, split, pairs, good, report)
+    report.findings = [
+        f._replace(split="test") if f.where in places else f for f in report.findings
+    ]
+    report.rows = {"train": report.rows["train"] - len(sides["test"]), "test": len(sides["test"])}
+    report.formats["test"] = report.formats["train"]
+    report.held_out = True
 
 
 def _bad(placed: list, split: str, problems: Iterable, report: Report) -> set[int]:
@@ -191,17 +270,19 @@ def _token_checks(
 
     A few thousand pairs at a time: lists of numbers are large.
     """
-    read = [*SIDES, "tools", "chat_template_kwargs"]
-    pairs = pairs.select_columns([name for name in read if name in pairs.column_names])
+    pairs = _columns_read(pairs)
     lengths = []
     starts = range(0, len(pairs), CHUNK)
     for start in tqdm(starts, f"Checking the tokens of {split}", disable=len(pairs) < 10_000):
         some = pairs.select(range(start, min(start + CHUNK, len(pairs)))).to_list()
-        for index, row in enumerate(_tokenized(some, tokenizer), start=start):
-            if isinstance(row, TemplateError):
+        rows = zip(some, _tokenized(some, tokenizer), strict=True)
+        for index, (pair, row) in enumerate(rows, start=start):
+            if isinstance(row, Exception):
                 lengths.append([0, 0, 0])
                 yield index, "template", f"the chat template says: {row}"
                 continue
+            for kind, detail in tool_problems(pair, row, tokenizer):
+                yield index, kind, detail
             ids = {side: row[f"{side}_ids"] for side in SIDES}
             lengths.append([len(ids[side]) for side in SIDES])
             for kind, detail in token_problems(ids, ends, report.max_length, report.truncation):
@@ -209,21 +290,31 @@ def _token_checks(
     report.lengths[split] = np.array(lengths, dtype=np.int64).reshape(-1, 3)
 
 
-def _tokenized(pairs: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict | TemplateError]:
+# What a template raises: its own errors, and Python's where a value is not what it reckons with.
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError)
+
+
+def _tokenized(pairs: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[dict | Exception]:
     """`tokenize_pairs`, with the template's error in place of a pair that it refuses."""
     try:
         return tokenize_pairs(pairs, tokenizer)
-    except TemplateError as error:
+    except REFUSALS as error:
         if len(pairs) == 1:
             return [error]
     return [row for pair in pairs for row in _tokenized([pair], tokenizer)]
 
 
 def _as_dataset(placed: list[tuple[str, dict]], columns: list[str]) -> Dataset:
-    """The pairs as a `Dataset`, with those of `columns` whose values all have one type."""
+    """The pairs as a `Dataset`, with those of `columns` whose values all have one type.
+
+    Messages with tool calls are kept as JSON: a table would fill each with the fields of all, and
+    templates would show them.
+    """
+    messages = [m for _, pair in placed for side in SIDES for m in pair[side]]
+    plain = all(m.keys() == {"role", "content"} for m in messages)
     data = Dataset.from_dict(
         {side: [pair[side] for _, pair in placed] for side in SIDES},
-        features=Features(dict.fromkeys(SIDES, MESSAGES)),
+        features=Features(dict.fromkeys(SIDES, MESSAGES if plain else List(Json()))),
     )
     for name in columns:
         missing = {} if name == "chat_template_kwargs" else None  # TRL unpacks it

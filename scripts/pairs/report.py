@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -11,6 +12,30 @@ from scripts.pairs.checks import KINDS, Report
 
 # A rule that looks at nothing but length should not do much better than a coin.
 MOSTLY_LENGTH = 0.7
+COVERED = 0.95  # of the pairs, by a max_length that is chosen from the data
+Z, WIDTH = 1.96, 0.10  # a 95% interval that reaches so far to either side is enough to tell
+
+
+def covering_length(lengths: np.ndarray) -> int:
+    """The `max_length` that leaves `COVERED` of the pairs uncut, up to a multiple of 32.
+
+    `lengths` is (pairs, 3): tokens of prompt, chosen and rejected.
+    """
+    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    return 32 * math.ceil(np.percentile(longest, 100 * COVERED, method="higher") / 32)
+
+
+def held_out_text(prompts: int) -> str:
+    """What so many held-out prompts can show: the 95% interval of a share near one half, each
+    prompt counted once however many pairs it has."""
+    width = Z / 2 / math.sqrt(prompts)
+    text = f"{prompts:,} held-out prompts tell an accuracy near one half within ±{width:.2f} (95%)"
+    if width > WIDTH + 0.005:
+        text += (
+            f"; ±{WIDTH:.2f} would take {math.ceil(Z**2 / 4 / WIDTH**2)}: add pairs, or hold out "
+            "more (test_split_size)"
+        )
+    return text
 
 
 def length_bias(lengths: np.ndarray) -> dict[str, float]:
@@ -67,7 +92,10 @@ def report_text(report: Report) -> str:
     """The whole report as text: sizes, lengths, what truncation takes, length bias, findings."""
     parts = []
     for split, lengths in report.lengths.items():
-        parts.append(f"{split}: {report.rows[split]:,} rows, {len(lengths):,} usable pairs")
+        parts.append(
+            f"{split}: {report.rows[split]:,} rows, {len(lengths):,} usable pairs "
+            f"(format: {report.formats[split]})"
+        )
         if len(lengths) == 0:
             continue
         table = pd.DataFrame(
@@ -79,7 +107,10 @@ def report_text(report: Report) -> str:
         if report.max_length:
             parts.append(f"cut at max_length {report.max_length} ({report.truncation}):")
             parts.append(lost(report, split).to_string())
-        parts.append(bias_text(lengths) + "\n")
+        parts.append(bias_text(lengths))
+        if split == "test":
+            parts.append(held_out_text(report.prompts[split]))
+        parts.append("")
     findings = by_kind(report)
     if findings.empty:
         return "\n".join([*parts, "Nothing found."])

@@ -114,6 +114,8 @@ def read_file(path: Path) -> Iterator[Row]:
     """The rows of a JSON, JSON-lines, CSV or TSV file; `where` is its name and the line (of JSON,
     the row's) number, from 1."""
     raw = path.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path.name} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
     if path.suffix in (".csv", ".tsv"):
         yield from _csv_rows(path, raw)
     elif path.suffix == ".json" and not _object_a_line(raw):

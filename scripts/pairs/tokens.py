@@ -12,7 +12,8 @@ from itertools import groupby
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-SIDES = ("prompt", "chosen", "rejected")
+from scripts.pairs.checks import SIDES
+
 ANSWER = "Here is an answer"  # stands for any answer, to see what a template writes after it
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from scripts.cli import ROOT
 from scripts.config import Config
-from scripts.pairs.load import check_preferences
+from scripts.pairs.load import check_preferences, held_out_count
 from scripts.planning.lengths import Lengths
 from scripts.planning.table import table
 
@@ -27,6 +27,12 @@ class DatasetSize(NamedTuple):
     source: str
 
 
+def is_local(cfg: Config) -> bool:
+    """Whether the dataset is a file or folder on this machine."""
+    name = cfg.script.dataset_name
+    return bool(name) and any(Path(root, name).exists() for root in (ROOT, "."))
+
+
 def dataset_size(cfg: Config) -> DatasetSize:
     """How many pairs a run trains on, and how long they usually are.
 
@@ -37,11 +43,12 @@ def dataset_size(cfg: Config) -> DatasetSize:
         DataError: the dataset is on this machine and cannot be read.
     """
     name, limit = cfg.script.dataset_name, cfg.recipe.train_samples
-    if name and any(Path(root, name).exists() for root in (ROOT, ".")):
+    if is_local(cfg):
         train = check_preferences(cfg)[0]["train"]
-        return DatasetSize(min(len(train), limit or len(train)), mean_lengths(cfg, train), name)
+        usual = mean_lengths(cfg, train) if len(train) else None
+        return DatasetSize(min(len(train), limit or len(train)), usual, name)
     if known := table()["datasets"].get(name):
-        pairs = round(known["pairs"] * (1 - cfg.recipe.test_split_size))
+        pairs = known["pairs"] - held_out_count(cfg.recipe.test_split_size, known["pairs"])
         usual = cut(cfg, np.array([known["usual_lengths"]]))
         return DatasetSize(min(pairs, limit or pairs), usual, "gpus.yaml")
     return DatasetSize(limit or 10_000, None, "train_samples" if limit else "a guess: give --pairs")
@@ -49,13 +56,18 @@ def dataset_size(cfg: Config) -> DatasetSize:
 
 def mean_lengths(cfg: Config, pairs: list[dict]) -> Lengths:
     """Mean tokens of prompt, chosen and rejected, estimated from the bytes of their text."""
+    return cut(cfg, estimated_lengths(pairs))
+
+
+def estimated_lengths(pairs: list[dict]) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected, (pairs, 3), from the bytes of their text."""
 
     def tokens(messages: list[dict]) -> float:
         text = sum(len(m["content"].encode()) for m in messages)
         return text / BYTES_A_TOKEN + TOKENS_A_MESSAGE * len(messages)
 
     sides = ("prompt", "chosen", "rejected")
-    return cut(cfg, np.array([[tokens(pair[side]) for side in sides] for pair in pairs]))
+    return np.array([[tokens(pair[side]) for side in sides] for pair in pairs])
 
 
 def cut(cfg: Config, lengths: np.ndarray) -> Lengths:
