@@ -22,7 +22,6 @@ from scripts.evaluate import (
     evaluation_table,
     implicit_rewards,
     pair_logps,
-    pick_prompts,
     restore_reference,
     save_evaluation,
     side_by_side,
@@ -34,6 +33,7 @@ from scripts.measures.text import are_facts
 from scripts.model import load_model, load_tokenizer
 from scripts.planning.memory import process_gb
 from scripts.plots import before_after
+from scripts.probes import pick_prompts
 from scripts.training import assemble
 
 
