@@ -40,9 +40,12 @@ class RecipeArguments:
 
     # By the columns; or the name of one of pairs.formats.FORMATS.
     dataset_format: Literal[
-        "auto", "explicit", "implicit", "orca", "sharegpt", "alpaca", "hh"
+        "auto", "explicit", "implicit", "orca", "sharegpt", "alpaca", "hh", "messages",
+        "responses", "llamafactory", "swift", "openai", "stackexchange", "scored", "unpaired",
     ] = "auto"  # fmt: skip
     dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
+    # Of answers with scores: the best against the worst, if they are further apart than this.
+    score_margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     on_bad_rows: Literal["error", "drop"] = "drop"  # dropped ones are written down
     train_samples: AtLeast1 | None = None  # use this many training pairs (None: all of them)
     eval_samples: AtLeast1 | None = None  # likewise for the held-out pairs

@@ -27,6 +27,7 @@ from scripts.pairs.checks import (
 from scripts.pairs.formats import FORMATS, BadRow, detect, fits, further_columns, to_pair
 from scripts.pairs.sources import DataError, Row, read_source
 from scripts.pairs.tokens import SIDES, end_tokens, tokenize_pairs
+from scripts.pairs.unpaired import pair_up
 
 CHUNK = 2000  # pairs tokenised at a time
 MESSAGES = [Features(role=Value("string"), content=Value("string"))]
@@ -112,6 +113,7 @@ def _readable(
             for where, row, problem in rows
         ]
     name = _format_of(rows, cfg)
+    rows = pair_up(rows) if name == "unpaired" else rows
     good = []
     for where, row, problem in rows:
         if row is None:
@@ -119,7 +121,7 @@ def _readable(
             report.findings.append(Finding(split, where, kind, problem))
             continue
         try:
-            pair = further_columns(row, name) | to_pair(row, name)
+            pair = further_columns(row, name) | to_pair(row, name, cfg.recipe.score_margin)
         except BadRow as error:
             report.findings.append(Finding(split, where, error.kind, error.detail))
             continue

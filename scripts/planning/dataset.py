@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from scripts.cli import ROOT
 from scripts.config import Config
+from scripts.pairs.download import is_url
 from scripts.pairs.load import check_preferences
+from scripts.pairs.sources import local_path
 from scripts.planning.lengths import Lengths
 from scripts.planning.table import table
 
@@ -37,7 +37,7 @@ def dataset_size(cfg: Config) -> DatasetSize:
         DataError: the dataset is on this machine and cannot be read.
     """
     name, limit = cfg.script.dataset_name, cfg.recipe.train_samples
-    if name and any(Path(root, name).exists() for root in (ROOT, ".")):
+    if name and (local_path(name) or is_url(name)):
         train = check_preferences(cfg)[0]["train"]
         return DatasetSize(min(len(train), limit or len(train)), mean_lengths(cfg, train), name)
     if known := table()["datasets"].get(name):
