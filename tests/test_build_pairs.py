@@ -305,6 +305,10 @@ def test_settings_are_kept_for_the_next_call(tmp_path):
     keep_settings(tmp_path / "w", {"seed": 0})
     with pytest.raises(RecipeError, match="seed was 0, is 2"):
         keep_settings(tmp_path / "w", {"seed": 2})
+    for damage in ("", "3", '{"seed"'):
+        (tmp_path / "w" / "settings.json").write_text(damage)
+        with pytest.raises(RecipeError, match=r"settings\.json is damaged"):
+            keep_settings(tmp_path / "w", {"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -334,8 +338,9 @@ def test_ids_are_unique_and_files_are_there(tmp_path):
 
 def test_options_that_make_no_sense_are_refused():
     assert parse_styles("plain=4,brief=2") == {"plain": 4, "brief": 2}
-    with pytest.raises(RecipeError, match="'rude=1'"):
-        parse_styles("rude=1")
+    for text in ("rude=1", "plain=-1", "plain=\u00b2", "plain"):
+        with pytest.raises(RecipeError, match=f"'{text}'"):
+            parse_styles(text)
     with pytest.raises(RecipeError, match="vLLM is not installed"):
         pick_backend("vllm")
     assert pick_backend("auto") == "transformers"

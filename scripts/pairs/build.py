@@ -313,7 +313,7 @@ def parse_styles(text: str) -> dict[str, int]:
     styles = {}
     for part in text.split(","):
         name, _, count = part.partition("=")
-        if name not in STYLES or not count.isdigit():
+        if name not in STYLES or not (count.isascii() and count.isdigit()):
             raise RecipeError(f"--samples takes style=count of {', '.join(STYLES)}, got {part!r}")
         styles[name] = int(count)
     if sum(styles.values()) < 2:

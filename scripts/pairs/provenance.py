@@ -53,7 +53,10 @@ def keep_settings(folder: Path, settings: dict) -> None:
     """
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise RecipeError(f"{path} is damaged; delete it, or take another --out") from None
         names = [name for name in settings if before.get(name) != settings[name]]
         if names:
             changes = (f"{n} was {before.get(n)!r}, is {settings[n]!r}" for n in names)
