@@ -407,9 +407,9 @@ def test_unpaired_rows_with_the_same_prompt_are_put_together_by_the_stated_rule(
         "9": "label is 0.5, neither true nor false",
     }
     assert "11 rows give 3 pairs. To each prompt the first good" in capsys.readouterr().out
-    assert sum(report.rows.values()) >= 8
-    split = pairs["train" if "topic" in str(pairs["train"].to_list()) else "test"]
-    assert "t" in split["topic"]
+    assert sum(report.rows.values()) == len(rows)
+    topics = {pair["chosen"][0]["content"]: pair["topic"] for s in pairs.values() for pair in s}
+    assert topics == {"good 1": "t", "good 2": None, "good 4": None}  # of the earlier row
 
 
 def test_unpaired_data_without_partners_is_refused_and_says_what_to_do(tiny_cfg, tmp_path):

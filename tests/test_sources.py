@@ -75,7 +75,7 @@ def test_windows_1252_is_read_and_said(tmp_path, capsys):
     "raw",
     [
         "prompt,chosen,rejected\nПочему?,Так надо.,Нет.\n".encode("cp1251"),
-        "prompt,chosen,rejected\nZażółć gęślą?,Tak, są.,Nie.\n".encode("cp1250"),
+        "prompt,chosen,rejected\nZażółć gęślą?,Tak są.,Nie.\n".encode("cp1250"),
         "prompt,chosen,rejected\n为什么?,因为.,不.\n".encode("gb18030"),
         "prompt,chosen,rejected\nKäse?,So.,".encode() + b"Na\xefve.\n",  # one bad byte in UTF-8
     ],
@@ -122,7 +122,9 @@ def test_what_has_the_form_of_a_path_never_becomes_a_hub_name(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "org" / "name", b"a file without a suffix")
     begun = time.monotonic()
-    for name in ("org/name", "no.jsonl", "./no", "~/no", "/no/such", "a/b/c", "no.csv.gz"):
+    put(tmp_path / "pairs.gz", gzip.compress(LINE))
+    names = ("org/name", "pairs.gz", "no.jsonl", "./no", "~/no", "~nobody/no", "/no/such", "a/b/c")
+    for name in (*names, "no.csv.gz", "C:\\no"):
         with pytest.raises(DataError, match=r"there is no file or folder|by its name"):
             read(name)
     assert time.monotonic() - begun < 2
@@ -219,6 +221,10 @@ def test_addresses_that_cannot_be_a_file_are_refused_before_they_are_asked():
         read("https://huggingface.co/datasets/org/name/tree/main")
     with pytest.raises(DataError, match="of no format by its name"):
         read("http://127.0.0.1:9/download?id=7")
+    with pytest.raises(DataError, match="names no file"):
+        read("http://127.0.0.1:9/")
+    with pytest.raises(DataError, match="dataset_name is not set"):
+        read("")
     with pytest.raises(DataError, match="cannot download"):
         read("http://127.0.0.1:9/a.jsonl")
 

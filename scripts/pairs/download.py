@@ -34,6 +34,8 @@ def download(url: str) -> Path:
         owner_and_name = "/".join(parts.path.split("/")[2:4])
         if "/resolve/" not in parts.path:
             raise DataError(f"{url} is a page of the hub; set dataset_name={owner_and_name}")
+    if not name:
+        raise DataError(f"{url} names no file")
     refuse(Path(name))
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = Path(datasets.config.HF_CACHE_HOME) / "dpo_downloads" / folder / name

@@ -3,6 +3,7 @@ hub."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def read_source(args: ScriptArguments) -> dict[str, list[Row]]:
         DataError: there is no such data, or it cannot be read at all.
     """
     name = args.dataset_name
-    if name is None:
+    if not name:
         raise DataError("dataset_name is not set: name a file, a folder or a hub dataset")
     local = download(name) if is_url(name) else local_path(name)
     if local is None and looks_like_a_path(name):
@@ -53,7 +54,7 @@ def read_source(args: ScriptArguments) -> dict[str, list[Row]]:
 def local_path(name: str) -> Path | None:
     """The file or folder that `name` is on this machine: from the home folder (`~`), the current
     one, or the project's; None if there is none."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path's own raises for the home of an unknown user
     return next((p for p in (path, ROOT / path) if p.exists()), None)
 
 

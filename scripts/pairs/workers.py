@@ -40,7 +40,8 @@ def several_at_a_time(
             pass
         except Exception as error:
             done.put(error)
-        done.put(None)
+        finally:
+            done.put(None)
 
     running, failed = min(workers, len(jobs)), None
     with _interrupts_to(done):
