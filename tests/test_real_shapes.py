@@ -19,6 +19,7 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scripts.pairs.formats import detect
 from scripts.pairs.load import check_preferences
 from scripts.training import assemble
 
@@ -143,7 +144,7 @@ EVERY = {
             "rejected_messages": [value("user", q(i)), value("assistant", no(i))],
         }),
     ),
-    "LLaMA-Factory, KTO sharegpt": (
+    "LLaMA-Factory, KTO messages": (
         "unpaired",
         rows(lambda i: {
             "messages": [user(q(i // 2)), said((no if i % 2 else yes)(i // 2))],
@@ -156,6 +157,13 @@ EVERY = {
             "instruction": q(i // 2), "input": "", "output": (no if i % 2 else yes)(i // 2),
             "kto_tag": i % 2 == 0,
         }, 17),
+    ),
+    "LLaMA-Factory, KTO sharegpt": (
+        "unpaired",
+        rows(lambda i: {
+            "conversations": [human(q(i // 2)), gpt((no if i % 2 else yes)(i // 2))],
+            "kto_tag": i % 2 == 0,
+        }, 16),
     ),
     "TRL, unpaired": (
         "unpaired",
@@ -290,6 +298,7 @@ def test_data_in_the_shape_of_each_tool_is_read_and_trained_on(
         FILES[name](path)
     else:
         path.write_bytes(lines(some))
+        assert detect({column for row in some for column in row}, some) == form
     cfg = tiny_cfg(
         model_name_or_path=str(byte_llama), dataset_name=str(path), max_length=512, max_steps=3,
         test_split_size=0.25, per_device_train_batch_size=2,
