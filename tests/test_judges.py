@@ -287,7 +287,7 @@ def test_verdicts_are_kept_as_they_come_and_stand_in_order_at_the_end(loopback, 
 
     def hard_first(asked_path, body):
         """The first prompt is answered last, and then with a refusal."""
-        if b"Question 0." not in body:
+        if b"Q0." not in body:
             return shorter_wins(asked_path, body)
         while len(read_jsonl(path)) < 8:
             time.sleep(0.01)

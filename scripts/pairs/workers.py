@@ -70,7 +70,8 @@ def several_at_a_time(
 @contextmanager
 def _interrupts_to(queue: SimpleQueue) -> Iterator[None]:
     """Meanwhile Ctrl-C puts `STOP` into `queue`, in place of an exception anywhere at all."""
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as in the background of a script
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
         return
     before = signal.signal(signal.SIGINT, lambda *_: queue.put(STOP))
