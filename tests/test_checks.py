@@ -321,7 +321,7 @@ def test_rows_of_a_csv_are_told_by_their_line_also_after_empty_ones(tmp_path):
     ]  # fmt: skip
     assert rows[0][1]["prompt"] == "Two\n\nlines?"
     assert rows[1][1:] == (None, "1 cells more than there are columns")
-    assert rows[2][1]["prompt"] == "Caf\ufffd\ufffd?"
+    assert rows[2][1]["prompt"] == "Caf\ufffd?"
     assert rows[3][1]["rejected"] is None
 
 
