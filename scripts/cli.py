@@ -85,6 +85,14 @@ def number(least: float, most: float = 1e9, *, above: bool = False) -> Callable[
     return read
 
 
+def _stopped(kind: type[BaseException], error: BaseException, trace) -> None:
+    """Ctrl-C ends a command with one line, also while its libraries load."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(error if error.args else "stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def argument_parser(name: str, **more) -> argparse.ArgumentParser:
     """A parser with the options that every command over a config shares."""
     purpose = COMMANDS[name.split()[0]]
@@ -109,6 +117,8 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     `data` and `plan` have actions of their own, a first word with options of its own; the
     namespace names it as `action`.
     """
+    if arguments is None:
+        sys.excepthook = _stopped
     words = sys.argv[1:] if arguments is None else list(arguments)
     default, actions = ACTIONS.get(name, ("", ()))
     action = default

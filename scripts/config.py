@@ -44,9 +44,12 @@ class RecipeArguments:
 
     # By the columns; or the name of one of pairs.formats.FORMATS.
     dataset_format: Literal[
-        "auto", "explicit", "implicit", "orca", "sharegpt", "alpaca", "hh"
+        "auto", "explicit", "implicit", "orca", "sharegpt", "alpaca", "hh", "messages",
+        "responses", "llamafactory", "swift", "openai", "stackexchange", "scored", "unpaired",
     ] = "auto"  # fmt: skip
     dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
+    # Of answers with scores: the best against the worst, if they are further apart than this.
+    score_margin: float = 0.0
     on_bad_rows: Literal["error", "drop"] = "drop"  # dropped ones are written down
     dataset_revision: str | None = None  # branch, tag or commit of a dataset on the hub
     train_samples: int | None = None  # use this many training pairs (None: all of them)

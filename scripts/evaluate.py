@@ -424,19 +424,36 @@ def baselines_table(figures: dict) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="columns")
 
 
-def side_by_side(frame: pd.DataFrame, rows: int = 6, clip: int = 400) -> str:
-    """An HTML table of the first `rows` prompts with both replies and their lengths."""
+def losses(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose tuned reply is the worse one by the checker, the worst first."""
+    worse = frame[checked_wins(frame) == 0]
+    return worse.sort_values(["base_exact", "tuned_unsupported"], ascending=False, kind="stable")
+
+
+def side_by_side(frame: pd.DataFrame, clip: int = 400) -> str:
+    """An HTML table of the prompts in `frame` with both replies and their lengths.
+
+    Replies to questions on a text stand beside it, each marked right or wrong by the checker.
+    """
     cells = []
-    for _, row in frame.head(rows).iterrows():
-        line = f"<td><b>{html.escape(row['prompt'])}</b></td>"
+    for _, row in frame.iterrows():
+        asked = f"<b>{html.escape(row.get('question') or row['prompt'])}</b>"
+        if "passage" in row:
+            asked = f"{html.escape(row['passage'])}<br>{asked}"
+        line = f"<td>{asked}</td>"
         for who in ("base", "tuned"):
             text = row[who] if len(row[who]) <= clip else row[who][:clip] + " …"
             state = "" if row[f"{who}_finished"] else ", cut off"
-            note = f"<i>{row[f'{who}_length']} tokens{state}</i>"
-            line += f"<td>{html.escape(text)}<br>{note}</td>"
+            note = f"{row[f'{who}_length']} tokens{state}"
+            if f"{who}_exact" in row:
+                note = f"{'✓ right' if row[f'{who}_exact'] else '✗ not right'}, {note}"
+            line += f"<td>{html.escape(text)}<br><i>{note}</i></td>"
         cells.append(f"<tr style='text-align:left;vertical-align:top'>{line}</tr>")
-    head = "<tr><th>prompt</th><th>before</th><th>after</th></tr>"
-    return f"<table><thead>{head}</thead><tbody>{''.join(cells)}</tbody></table>"
+    head = "".join(
+        f"<th style='text-align:left;width:{width}%'>{name}</th>"
+        for name, width in (("prompt", 40), ("before", 30), ("after", 30))
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>"
 
 
 def main(args: argparse.Namespace) -> None:

@@ -7,10 +7,11 @@ import json
 import os
 from pathlib import Path
 
-from scripts.cli import ROOT
 from scripts.config import Config
 from scripts.hub import dataset_commit
+from scripts.pairs.download import is_url
 from scripts.pairs.provenance import weights_state
+from scripts.pairs.sources import local_path
 
 
 def record_origin(cfg: Config, what: str, facts: dict[str, str | None]) -> None:
@@ -47,7 +48,9 @@ def model_origin(name: str, path: str, commit: str) -> dict[str, str | None]:
 def dataset_origin(cfg: Config) -> dict[str, str | None]:
     """The dataset that `cfg` names: its commit on the hub, or a digest of the file or folder."""
     name = cfg.script.dataset_name
-    local = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
+    local = local_path(name)
+    if is_url(name):
+        return {"name": name, "commit": None, "content": None}
     if local is None:
         commit = dataset_commit(name, cfg.recipe.dataset_revision)
         return {"name": name, "commit": commit, "content": None}

@@ -19,6 +19,7 @@ from scripts.cli import ROOT, InputError
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 DATA = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".bz2", ".xz")
 CONVERT = (
     "this recipe reads safetensors only, since a pickle runs code as it is loaded; convert it: "
     "https://huggingface.co/docs/safetensors/convert-weights"
@@ -157,19 +158,30 @@ def check_dataset(name: str) -> None:
     Raises:
         PlaceError: why not.
     """
+    if name.startswith(("http://", "https://")):  # fetched when it is read
+        return
     if "://" in name:
-        raise PlaceError("dataset_name is an address; give a file, a folder, or the hub's name")
+        raise PlaceError("dataset_name: only http(s) addresses, files, folders and the hub's names")
     path = next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
     if path is None:
-        if name.startswith(("/", ".", "~")) or name.lower().endswith(DATA) or name.count("/") > 1:
+        if name.startswith(("/", ".", "~")) or _is_data(name) or name.count("/") > 1:
             raise PlaceError(f"dataset_name: there is no file or folder {name}")
         return
     if path.is_file():
-        if path.suffix.lower() not in DATA:
-            raise PlaceError(f"dataset_name: {name} is none of {', '.join(DATA)}")
+        if not _is_data(path.name):
+            raise PlaceError(
+                f"dataset_name: {name} is none of {', '.join(DATA)} (save a spreadsheet's table "
+                "as CSV, unpack an archive)"
+            )
         if path.stat().st_size == 0:
             raise PlaceError(f"dataset_name: {name} is empty")
         if not os.access(path, os.R_OK):
             raise PlaceError(f"dataset_name: {name} may not be read (chmod)")
-    elif not any(file.suffix.lower() in DATA for file in path.rglob("*")):
+    elif not any(_is_data(file.name) for file in path.rglob("*")):
         raise PlaceError(f"dataset_name: no data ({', '.join(DATA)}) in the folder {name}")
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file is of a format that is read, packed or not."""
+    path = Path(name.lower())
+    return (Path(path.stem).suffix if path.suffix in PACKED else path.suffix) in DATA

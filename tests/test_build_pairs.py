@@ -1,7 +1,15 @@
 """Sampling and judging can be stopped and resumed, and every pair says where it comes from."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -9,21 +17,24 @@ from conftest import EOT, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from scripts.cli import RecipeError, parse
+from scripts.cli import ROOT, RecipeError, parse
 from scripts.model import load_tokenizer
 from scripts.pairs.build import (
     as_row,
     build,
+    facts_remark,
     judge_answers,
     parse_styles,
     pick_backend,
     read_prompts,
     sample_answers,
     styled,
+    takes_system,
     transformers_sampler,
 )
 from scripts.pairs.judges import JudgeError, Preference
 from scripts.pairs.provenance import keep_settings, read_jsonl, weights_state
+from scripts.pairs.workers import several_at_a_time
 
 PROMPTS = [
     {"id": f"p{i}", "messages": [{"role": "user", "content": "Why? " * (i + 1)}]} for i in range(3)
@@ -76,6 +87,42 @@ def test_requests_to_be_brief_are_put_around_the_prompt():
     assert [m["role"] for m in styled(why, "accurate")] == ["system", "user"]
     own = [{"role": "system", "content": "Mine."}, *why]
     assert styled(own, "accurate") == own  # a prompt's own system message is not replaced
+
+
+GEMMA_LIKE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>model<|end_header_id|>{% endif %}"
+)
+DEAF = GEMMA_LIKE.replace("{{ raise_exception('System role not supported') }}", "").replace(
+    "{% for message in messages %}", "{% for message in messages if message.role != 'system' %}"
+)
+
+
+def test_a_template_without_a_place_for_a_system_message_is_noticed(tiny_llama3):
+    tokenizer = load_tokenizer(str(tiny_llama3))
+    assert takes_system(tokenizer)
+    for template in (GEMMA_LIKE, DEAF):
+        tokenizer.chat_template = template
+        assert not takes_system(tokenizer)
+    why = [{"role": "user", "content": "Why?"}]
+    (message,) = styled(why, "accurate", system=False)
+    assert message["role"] == "user"
+    assert re.fullmatch(r"Answer in one .* sentences\.\n\nWhy\?", message["content"])
+
+
+def test_such_a_model_is_sampled_in_every_style_and_a_prompt_it_refuses_is_named(
+    command, babbler, tmp_path
+):
+    model = shutil.copytree(babbler, tmp_path / "gemma-like")
+    (model / "chat_template.jinja").write_text(GEMMA_LIKE)
+    done = command(WHYS, "--samples", "plain=1,brief=1,accurate=1", model=model)
+    assert done[-2:] == ["sampled 9/9 answers", "judged 3/3 prompts"]
+    own = {"prompt": [{"role": "system", "content": "S."}, {"role": "user", "content": "Why?"}]}
+    with pytest.raises(RecipeError, match=r"refuses prompt 'prompt-00001': System role not"):
+        command([WHYS[0], own], model=model)
 
 
 class Counting:
@@ -259,6 +306,10 @@ def test_settings_are_kept_for_the_next_call(tmp_path):
     keep_settings(tmp_path / "w", {"seed": 0})
     with pytest.raises(RecipeError, match="seed was 0, is 2"):
         keep_settings(tmp_path / "w", {"seed": 2})
+    for damage in ("", "3", '{"seed"'):
+        (tmp_path / "w" / "settings.json").write_text(damage)
+        with pytest.raises(RecipeError, match=r"settings\.json is damaged"):
+            keep_settings(tmp_path / "w", {"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -269,6 +320,9 @@ def test_settings_are_kept_for_the_next_call(tmp_path):
         ({"prompt": "Why?", "split": "val"}, "split is 'val', not train or test"),
         ({"prompt": ""}, "does not end with the user's message"),
         ({"prompt": [{"role": "assistant", "content": "Hm."}]}, "does not end with the user's"),
+        ({"prompt": "Why?", "id": ["a"]}, "prompts.jsonl:1: the id is not text but list"),
+        ({"prompt": "Why?", "id": 1.5}, "the id is not text but float"),
+        ({"prompt": "Why?", "facts": ["so"]}, "facts is not a list of lists of text"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(line, told, tmp_path):
@@ -285,8 +339,173 @@ def test_ids_are_unique_and_files_are_there(tmp_path):
 
 def test_options_that_make_no_sense_are_refused():
     assert parse_styles("plain=4,brief=2") == {"plain": 4, "brief": 2}
-    with pytest.raises(RecipeError, match="'rude=1'"):
-        parse_styles("rude=1")
+    for text in ("rude=1", "plain=-1", "plain=\u00b2", "plain"):
+        with pytest.raises(RecipeError, match=f"'{text}'"):
+            parse_styles(text)
     with pytest.raises(RecipeError, match="vLLM is not installed"):
         pick_backend("vllm")
     assert pick_backend("auto") == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--samples", "plain=0"), "a pair takes two answers"),
+        (("--samples", "plain=1"), "a pair takes two answers"),
+        (("--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
+        (("--max-new-tokens", "0"), "--max-new-tokens must be 1 or more, got 0"),
+        (("--top-p", "2"), "--top-p must be above 0 and at most 1, got 2.0"),
+        (("--top-p", "0"), "--top-p must be above 0"),
+        (("--temperature", "-1"), "--temperature must be 0 or more, got -1.0"),
+        (("--temperature", "nan"), "--temperature must be 0 or more"),
+        (("--seed", "-1"), "--seed must be 0 or more"),
+        (("--pairs-per-prompt", "0"), "--pairs-per-prompt must be 1 or more"),
+        (("--least-gap", "nan"), "--least-gap must be a number"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_one_line(options, told, command, tmp_path):
+    with pytest.raises(RecipeError, match=told):
+        command(WHYS, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_prompts_is_told(tmp_path):
+    with pytest.raises(RecipeError, match="has no prompts: write one a line"):
+        read_prompts(write_jsonl(tmp_path / "prompts.jsonl", []))
+
+
+@pytest.mark.parametrize("damage", [b'{"answers": [{"id": "p', b"\xff\xfe", b"3", b'{"a": 1}'])
+def test_a_damaged_line_in_the_middle_is_named(damage, sample, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = sample(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + damage + b"\n" + b"".join(lines[2:]))
+    with pytest.raises(RecipeError, match=r"samples\.jsonl:2 is damaged; delete that line"):
+        sample(path)
+    path.write_bytes(lines[0] + b"".join(lines[2:]))
+    assert len(sample(path)) == len(rows)  # as the message says
+
+
+def test_the_rule_says_what_it_cannot_judge():
+    prompt = {"prompt": "Why?"}
+    knowing = prompt | {"facts": [["so"]]}
+    assert facts_remark([knowing]) is None
+    assert facts_remark([prompt] * 2).startswith(
+        "the prompts have no `facts`: there the rule judges"
+    )
+    assert facts_remark([knowing, prompt, prompt | {"facts": []}]).startswith("2 of the prompts")
+
+
+def test_several_are_asked_at_a_time_and_each_answer_comes_as_it_is_there():
+    slow = threading.Event()
+
+    def ask(job):
+        if job == 0:
+            assert slow.wait(10)  # until the last of the others has been given
+        return job * job
+
+    given = []
+    for job, answer in several_at_a_time(ask, list(range(20)), workers=2):
+        given.append((job, answer))
+        if len(given) == 19:
+            slow.set()
+    assert given == [(job, job * job) for job in [*range(1, 20), 0]]
+    assert list(several_at_a_time(ask, [1, 2], workers=1)) == [(1, 1), (2, 4)]
+    assert list(several_at_a_time(ask, [], workers=2)) == []
+
+
+def test_an_error_waits_for_what_is_under_way_and_begins_nothing_more():
+    begun, failed = [], threading.Event()
+
+    def ask(job):
+        begun.append(job)
+        if job == 1:
+            failed.set()
+            raise JudgeError("gone")
+        failed.wait(10)
+        time.sleep(0.2)
+        return job
+
+    given = []
+    with pytest.raises(JudgeError, match="gone"):
+        for job, _ in several_at_a_time(ask, list(range(9)), workers=2):
+            given.append(job)
+    assert (given, sorted(begun)) == ([0], [0, 1])
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal; what runs in the background of a script begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_gives_what_was_answered_and_does_not_wait_for_the_rest(interruptible):
+    held = threading.Event()
+
+    def ask(job):
+        if job >= 5:
+            held.wait(30)
+        return job
+
+    given, begun = [], None
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        for job, _ in several_at_a_time(ask, list(range(9)), workers=3):
+            given.append(job)
+            begun = time.monotonic()
+    assert sorted(given) == [0, 1, 2, 3, 4]
+    assert time.monotonic() - begun < 1.5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    held.set()
+
+
+def test_ctrl_c_ends_the_command_within_a_second_and_no_verdict_is_lost(
+    interruptible, babbler, loopback, tmp_path
+):
+    lock, held = threading.Lock(), threading.Event()
+    asked, answered = [], Counter()  # prompts in the order of their first question; answers to each
+
+    def answer(path, body):
+        if not path.endswith("/chat/completions"):
+            return 200, {}, b"{}"
+        prompt = re.search(rb"Why \d+\?", body).group()
+        with lock:
+            asked.extend({prompt} - {*asked})
+        if prompt not in asked[:5]:
+            held.wait(60)
+        content = json.dumps({"choices": [{"message": {"content": '{"winner": "tie"}'}}]})
+        with lock:
+            answered[prompt] += 1
+        return 200, {}, content.encode()
+
+    prompts = [{"prompt": f"Why {i}?"} for i in range(20)]
+    arguments = [
+        "--prompts", str(write_jsonl(tmp_path / "many.jsonl", prompts)), "--out",
+        str(tmp_path / "many"), "--max-new-tokens", "20", "--samples", "plain=4", "--judge",
+        "endpoint", "--judge-model", "judge", "--judge-url", loopback(answer), "--set",
+        f"model_name_or_path={babbler}",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.data", "build", *arguments], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while len(asked) < 8 and process.poll() is None:  # three and more wait for their answer
+        time.sleep(0.05)
+    time.sleep(0.3)
+    whole = [prompt for prompt, times in answered.items() if times == 2]  # asked in both orders
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    seconds = time.monotonic() - begun
+    held.set()
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("stopped: what was sampled and judged is kept in"), told
+    assert "Traceback" not in told
+    assert process.returncode in (-signal.SIGINT, 130)
+    kept = read_jsonl(tmp_path / "many" / ".build" / "judged.jsonl")
+    assert len(whole) == 5
+    numbers = {int(row["id"].split("-")[1]) for row in kept}
+    assert numbers >= {int(re.search(rb"\d+", prompt).group()) for prompt in whole}
+    assert seconds < 1, seconds

@@ -309,7 +309,7 @@ def test_rows_of_a_csv_are_told_by_their_line_also_after_empty_ones(tmp_path):
         b"",
         b"\r",
         b"Too,many,cells,here",
-        b"Caf\xe9?,Yes.,No.",
+        b"Caf\xe9\x81?,Yes.,No.",
         b"Too few,Yes.",
         b"",
     ]

@@ -255,7 +255,7 @@ def test_training_shows_in_the_figures_and_in_the_files(tiny_run, tmp_path):
     assert not (cfg.run_dir / PARTIAL).exists()
     table = evaluation_table(figures)
     assert table.loc["implicit-reward accuracy", "tuned"] == "1.00 [1.00, 1.00]"
-    page = side_by_side(frame, rows=2)
+    page = side_by_side(frame.head(2))
     assert page.count("<tr") == 3
     assert "cut off" in page
 

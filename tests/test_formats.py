@@ -108,6 +108,104 @@ TWINS = {
         },
         TALK,
     ),
+    "messages, with the chosen answer at their end": (
+        {
+            "messages": TALK_WITH_SYSTEM["prompt"] + answer(YES),
+            "chosen": answer(YES)[0],
+            "rejected": answer(NO)[0],
+        },
+        TALK_WITH_SYSTEM,
+    ),
+    "messages, answers as whole conversations": (
+        {
+            "messages": TALK["prompt"],
+            "chosen": TALK["prompt"] + answer(YES),
+            "rejected": TALK["prompt"] + answer(NO),
+        },
+        TALK,
+    ),
+    "responses": (
+        {"system": "Be brief.", "instruction": Q, "chosen_response": YES, "rejected_response": NO},
+        WITH_SYSTEM,
+    ),
+    "responses, to messages": (
+        {"messages": TALK["prompt"], "chosen_response": YES, "rejected_response": NO},
+        TALK,
+    ),
+    "responses, history and system": (
+        {
+            "question": Q,
+            "history": [["Hello.", "Hello! What is it?"]],
+            "system": "Be brief.",
+            "response_chosen": YES,
+            "response_rejected": NO,
+        },
+        TALK_WITH_SYSTEM,
+    ),
+    "llamafactory v1": (
+        {
+            f"{side}_messages": [
+                {"role": m["role"], "content": [{"type": "text", "value": m["content"]}]}
+                for m in [*TALK_WITH_SYSTEM["prompt"], *answer(text)]
+            ]
+            for side, text in (("chosen", YES), ("rejected", NO))
+        },
+        TALK_WITH_SYSTEM,
+    ),
+    "swift": (
+        {"messages": TALK_WITH_SYSTEM["prompt"] + answer(YES), "rejected_response": NO},
+        TALK_WITH_SYSTEM,
+    ),
+    "swift, rejected messages": (
+        {
+            "messages": TALK["prompt"] + answer(YES),
+            "rejected_messages": TALK["prompt"] + answer(NO),
+        },
+        TALK,
+    ),
+    "swift, query": (
+        {
+            "system": "Be brief.",
+            "query": Q,
+            "response": YES,
+            "rejected_response": NO,
+            "history": [["Hello.", "Hello! What is it?"]],
+        },
+        TALK_WITH_SYSTEM,
+    ),
+    "openai": (
+        {
+            "input": {"messages": TALK["prompt"], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": answer(YES),
+            "non_preferred_output": answer(NO),
+        },
+        TALK,
+    ),
+    "stackexchange": (
+        {"qid": 7, "question": Q, "response_j": YES, "response_k": NO},
+        PLAIN,
+    ),
+    "scored, the first best and the first worst": (
+        {
+            "instruction": Q,
+            "completions": [
+                {"response": "Perhaps.", "overall_score": 5},
+                {"response": NO, "overall_score": "1.5"},
+                {"response": YES, "overall_score": 9},
+                {"response": "Yes!", "overall_score": 9},
+                {"response": "No.", "overall_score": 1.5},
+            ],
+        },
+        PLAIN,
+    ),
+    "scored, by rank": (
+        {"prompt": turns(Q), "answers": [{"answer": NO, "rank": 3}, {"answer": YES, "rank": 1}]},
+        PLAIN,
+    ),
+    "scored, scores apart": (
+        {"system": "Be brief.", "question": Q, "responses": [NO, YES], "scores": [-1, 0.5]},
+        WITH_SYSTEM,
+    ),
     "content in parts": (
         PLAIN | {"prompt": [{"role": "user", "content": [{"type": "text", "text": Q}]}]},
         PLAIN,
@@ -268,3 +366,124 @@ def test_further_columns_are_kept_where_they_have_one_type(tiny_cfg, tmp_path, c
             assert row["prompt"][0]["content"] == f"Q{row['facts'][0][0]}?"
     assert "mixed" not in pairs["train"].column_names
     assert "Column 'mixed' holds values of several types" in capsys.readouterr().out
+
+
+def kto(prompt, text: str, label, **more) -> dict:
+    return {"prompt": prompt, "completion": text, "label": label} | more
+
+
+def test_unpaired_rows_with_the_same_prompt_are_put_together_by_the_stated_rule(
+    tiny_cfg, tmp_path, capsys
+):
+    rows = [
+        kto("A?", "bad 1", False, topic="t"),
+        kto(" A? ", "good 1", True),
+        kto("A?", "good 2", "true"),
+        kto("B?", "good 3", 1),
+        kto("A?", "good 3", True),
+        kto("A?", "bad 2", 0),
+        kto("B?", "bad of another system", False, system="Be brief."),
+        kto("B?", "no label", None),
+        kto("B?", "half", 0.5),
+        kto("C?", "good 4", True),
+        kto("C?", "bad 4", "False"),
+    ]
+    path = write_jsonl(tmp_path / "kto.jsonl", rows)
+    cfg = tiny_cfg(dataset_name=str(path), test_split_size=0.5)
+    pairs, report = check_preferences(cfg)
+    found = {
+        tuple(pair[side][-1]["content"].strip() for side in ("prompt", "chosen", "rejected"))
+        for split in pairs.values()
+        for pair in split
+    }
+    assert found == {
+        ("A?", "good 1", "bad 1"), ("A?", "good 2", "bad 2"), ("C?", "good 4", "bad 4")
+    }  # fmt: skip
+    assert {f.where.split(":")[1]: f.detail for f in report.bad()} == {
+        "4": "no answer labelled bad is left for the same prompt",
+        "5": "no answer labelled bad is left for the same prompt",
+        "7": "no answer labelled good is left for the same prompt",
+        "8": "label or kto_tag is missing or null",
+        "9": "label is 0.5, neither true nor false",
+    }
+    assert "11 rows give 3 pairs. To each prompt the first good" in capsys.readouterr().out
+    assert sum(report.rows.values()) == len(rows)
+    topics = {pair["chosen"][0]["content"]: pair["topic"] for s in pairs.values() for pair in s}
+    assert topics == {"good 1": "t", "good 2": None, "good 4": None}  # of the earlier row
+
+
+def test_unpaired_data_without_partners_is_refused_and_says_what_to_do(tiny_cfg, tmp_path):
+    path = write_jsonl(tmp_path / "kto.jsonl", [kto(f"{i}?", "So.", i % 2 == 0) for i in range(6)])
+    with pytest.raises(DataError, match=r"unpaired \(KTO\).*none of the 6 rows has a.*KTOTrainer"):
+        check_preferences(tiny_cfg(dataset_name=str(path)))
+
+
+def test_labels_and_answers_beside_pairs_are_no_sign_of_another_format(tiny_cfg, tmp_path):
+    rows = [
+        {"instruction": f"{Q} {i}", "chosen": YES, "rejected": NO, "label": True, "answers": ["x"]}
+        for i in range(4)
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    pairs = load_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
+    assert len(pairs["train"]) == 2
+    assert set(pairs["train"].column_names) == {"prompt", "chosen", "rejected", "label", "answers"}
+
+
+def test_the_margin_of_scores_is_an_option(tiny_cfg, tmp_path):
+    rows = [
+        {"prompt": f"{i}?", "responses": ["So.", "No."], "scores": [float(i), 0.0]}
+        for i in range(6)
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for margin, left in ((0.0, 5), (2.0, 3), (3.5, 2)):
+        cfg = tiny_cfg(dataset_name=str(path), test_split_size=0.5, score_margin=margin)
+        pairs, report = check_preferences(cfg)
+        assert sum(map(len, pairs.values())) == left
+        assert {f.kind for f in report.bad()} == {"equal"}
+    assert f"not more than {margin:g} (score_margin) apart" in report.bad()[0].detail
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "told"),
+    [
+        ({"prompt": Q, "responses": [YES], "scores": [1]}, "scored", "not two answers to choose"),
+        ({"prompt": Q, "responses": [YES, NO], "scores": [1]}, "scored", "one number for each"),
+        ({"prompt": Q, "responses": [YES, NO], "scores": [1, None]}, "scored", "is not a number"),
+        (
+            {"prompt": Q, "responses": [YES, NO]},
+            "scored",
+            "scores or rewards or ratings is missing",
+        ),
+        ({"prompt": Q, "answers": YES}, "scored", "answers is not a list but str"),
+        ({"prompt": Q, "answers": [{"text": YES}] * 2}, "scored", "rating is missing or null"),
+        (
+            {"messages": turns(Q), "rejected_response": NO},
+            "swift",
+            "does not end with the assistant",
+        ),
+        (
+            {"input": Q, "preferred_output": [], "non_preferred_output": []},
+            "openai",
+            "not an object",
+        ),
+        (
+            {"chosen_response": YES, "rejected_response": NO},
+            "responses",
+            "conversations is missing",
+        ),
+        ({"prompt": Q, "label": True}, "unpaired", "does not end with the assistant"),
+    ],
+)
+def test_a_row_that_lacks_something_says_what(row, name, told):
+    with pytest.raises(BadRow, match=told):
+        to_pair(row, name)
+
+
+def test_the_tools_of_an_openai_file_are_kept(tiny_cfg, tmp_path):
+    tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    row, _ = TWINS["openai"]
+    rows = [row | {"input": row["input"] | {"tools": [tool]}}, row]
+    path = write_jsonl(tmp_path / "a.jsonl", [rows[0], other(rows[1])])
+    pairs = load_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
+    kept = [pair.get("tools") for split in pairs.values() for pair in split]
+    assert [json.loads(tools) for tools in kept if tools] == [[tool]]

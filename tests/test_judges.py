@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import threading
 import time
 
@@ -11,8 +12,10 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from scripts.model import load_tokenizer
+from scripts.pairs import judges
 from scripts.pairs.build import judge_answers
 from scripts.pairs.judges import Endpoint, JudgeError, RewardModel, Rule
+from scripts.pairs.provenance import read_jsonl
 
 
 def answer(text: str, tokens: int, style: str = "plain", finished: bool = True) -> dict:
@@ -250,6 +253,53 @@ def test_a_server_that_stays_down_is_one_clear_error(loopback):
     assert server.count == 3
     with pytest.raises(JudgeError, match="does not answer"):
         endpoint("http://127.0.0.1:9", retries=1)(PROMPT, TWO)
+
+
+def test_a_dead_endpoint_is_told_within_seconds():
+    begun = time.monotonic()
+    judge = Endpoint("http://127.0.0.1:9/v1", "judge")  # with its own patience
+    for ask in (judge.probe, lambda: judge(PROMPT, TWO)):
+        with pytest.raises(JudgeError, match=r"the judge at http.* does not answer"):
+            ask()
+    assert time.monotonic() - begun < 15
+
+
+def test_one_that_takes_connections_and_says_nothing_is_told_too(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        judge = Endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}", "judge")
+        assert judges.CONNECT + judges.FIRST < 15
+        monkeypatch.setattr(judges, "FIRST", 0.3)
+        with pytest.raises(JudgeError, match="does not answer"):
+            judge.probe()
+
+
+def test_any_answer_tells_that_the_endpoint_is_there(loopback):
+    Endpoint(loopback(lambda path, body: (404, {}, b"no models here")), "judge").probe()
+
+
+def test_verdicts_are_kept_as_they_come_and_stand_in_order_at_the_end(loopback, tmp_path):
+    prompts = [
+        {"id": f"p{i}", "messages": [{"role": "user", "content": f"Q{i}."}]} for i in range(9)
+    ]
+    answers = [a | {"id": p["id"]} for p in prompts for a in TWO]
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    judge_answers(endpoint(loopback(Recorder())), prompts, answers, whole)
+
+    def hard_first(asked_path, body):
+        """The first prompt is answered last, and then with a refusal."""
+        if b"Q0." not in body:
+            return shorter_wins(asked_path, body)
+        while len(read_jsonl(path)) < 8:
+            time.sleep(0.01)
+        return 401, {}, b"no"
+
+    with pytest.raises(JudgeError, match="said 401"):
+        judge_answers(endpoint(loopback(hard_first), workers=3), prompts, answers, path)
+    assert {row["id"] for row in read_jsonl(path)} == {f"p{i}" for i in range(1, 9)}
+    server = Recorder()
+    judge_answers(endpoint(loopback(server)), prompts, answers, path)
+    assert server.count == 2  # the first prompt alone was asked about again
+    assert path.read_bytes() == whole.read_bytes()
 
 
 def test_many_prompts_at_once_keep_their_order_and_stop_at_an_error(loopback, tmp_path):

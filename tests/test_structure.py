@@ -19,7 +19,9 @@ ORDER = [
     "evaluate", "export", "plan", "benchmark", "run", "repeat",
     "selfcheck", "acceptance",
 ]  # fmt: skip
-BUILDING = {f"scripts.pairs.{name}" for name in ("build", "checker", "judges")}  # the part of pairs that needs a model
+BUILDING = {
+    f"scripts.pairs.{name}" for name in ("build", "checker", "judges")
+}  # the part of pairs that needs a model
 TRYING = {"scripts.planning.trial", "scripts.planning.validate"}  # the part that trains
 APART = {"launchable"}  # a room that only the first may serve
 

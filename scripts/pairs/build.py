@@ -13,21 +13,24 @@ model, temperature ...) needs another folder.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from scripts.cli import InputError
 from scripts.config import Config, RecipeError, config_from_args
 from scripts.generation import generate_replies
 from scripts.hub import fetch
+from scripts.measures.text import are_facts
 from scripts.model import load_tokenizer, resolve_model
+from scripts.pairs.files import read_file
 from scripts.pairs.formats import BadRow, Messages, as_messages
 from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
 from scripts.pairs.provenance import (
@@ -39,8 +42,8 @@ from scripts.pairs.provenance import (
     weights_state,
     write_whole,
 )
-from scripts.pairs.sources import read_file
-from scripts.pairs.tokens import end_tokens
+from scripts.pairs.tokens import ANSWER, end_tokens, tokenize_prompts
+from scripts.pairs.workers import several_at_a_time
 
 # How a prompt is put to the model. The pair keeps only the plain prompt: what the request to be
 # brief brought out, the tuned model is to do unasked.
@@ -74,13 +77,44 @@ class Sampler:
         return self._sample(prompts, seed)
 
 
-def styled(messages: Messages, style: str) -> Messages:
-    """The conversation `messages`, put to the model in one of the `STYLES`."""
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has a place for a system message: Gemma's refuses it, and others
+    leave it out without a word."""
+    talk = [{"role": "system", "content": ANSWER}, {"role": "user", "content": "Hello"}]
+    try:
+        return ANSWER in tokenizer.apply_chat_template(talk, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def styled(messages: Messages, style: str, system: bool = True) -> Messages:
+    """The conversation `messages`, put to the model in one of the `STYLES`.
+
+    Without a place for a `system` message, its text goes before the first message.
+    """
     how = STYLES[style]
-    *earlier, last = messages
-    if "system" in how and not any(m["role"] == "system" for m in messages):
-        earlier = [{"role": "system", "content": how["system"]}, *earlier]
-    return [*earlier, last | {"content": last["content"] + how.get("suffix", "")}]
+    messages = [
+        *messages[:-1],
+        messages[-1] | {"content": messages[-1]["content"] + how.get("suffix", "")},
+    ]
+    if "system" not in how or any(m["role"] == "system" for m in messages):
+        return messages
+    if system:
+        return [{"role": "system", "content": how["system"]}, *messages]
+    first, *others = messages
+    return [first | {"content": f"{how['system']}\n\n{first['content']}"}, *others]
+
+
+def refuse_untemplated(prompts: list[dict], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `RecipeError` for the first prompt that the chat template refuses."""
+    for prompt in prompts:
+        try:
+            tokenize_prompts([prompt["messages"]], tokenizer)
+        except TemplateError as error:
+            raise RecipeError(
+                f"the chat template of {tokenizer.name_or_path} refuses prompt {prompt['id']!r}: "
+                f"{error}; write it as this model's template asks"
+            ) from None
 
 
 def _settings(cfg: Config, path: str, backend: str, sampling: dict) -> dict:
@@ -147,14 +181,15 @@ def vllm_sampler(cfg: Config, path: str, *, max_new_tokens: int, **sampling) -> 
 
 def sample_answers(
     sampler: Sampler, prompts: list[dict], path: Path, *,
-    styles: dict[str, int], batch_size: int, seed: int,
+    styles: dict[str, int], batch_size: int, seed: int, system: bool = True,
 ) -> list[dict]:  # fmt: skip
     """All answers to `prompts`; those that are not in the JSON-lines file `path` are sampled.
 
     A line of `path` is a batch, and each batch has its own seed, so a run that was stopped and
     resumed writes the same file as one that was not. An answer is taken from `path` if sampler,
     seed, style and the prompt's text are those it was sampled with; after an edited prompt, only
-    its own answers are missing. Lines that nothing asks for any more are left alone.
+    its own answers are missing. Lines that nothing asks for any more are left alone. `system` says
+    whether the chat template takes a system message.
 
     Returns rows with `id`, `style`, `text`, `tokens` (end of turn not counted), `finished` (whether
     the model ended its turn in time) and `key`.
@@ -163,11 +198,11 @@ def sample_answers(
     jobs: dict[str, dict] = {}
     for style, count in styles.items():
         for prompt in prompts:
-            messages = styled(prompt["messages"], style)
+            messages = styled(prompt["messages"], style, system)
             for number in range(count):
                 key = digest([came_from, prompt["id"], style, number, messages])
                 jobs[key] = {"id": prompt["id"], "style": style, "messages": messages}
-    batches = read_jsonl(path)
+    batches = read_jsonl(path, "answers")
     answers = {row["key"]: row for batch in batches for row in batch["answers"]}
     missing = [key for key in jobs if key not in answers]
     with append_to(path) as file:
@@ -188,8 +223,9 @@ def judge_answers(judge: Judge, prompts: list[dict], answers: list[dict], path: 
     """The pairs that `judge` makes of `answers`, in the order of `prompts`.
 
     A line of `path` is the verdict on one prompt: its `id`, its `pairs` (none if the judge saw a
-    tie) and a `key`. A verdict is taken from there if judge, prompt (its facts and other fields
-    too) and answers are those it was given on; otherwise the judge is asked.
+    tie) and a `key`; it is written as soon as it is given. A verdict is taken from there if judge,
+    prompt (its facts and other fields too) and answers are those it was given on; otherwise the
+    judge is asked.
     """
     by_prompt = defaultdict(list)
     for answer in answers:
@@ -199,22 +235,32 @@ def judge_answers(judge: Judge, prompts: list[dict], answers: list[dict], path: 
         digest([judge.settings, {k: v for k, v in p.items() if k != "split"}, by_prompt[p["id"]]])
         for p in prompts
     ]
-    verdicts = {row["key"]: row["pairs"] for row in read_jsonl(path)}
+    verdicts = {row["key"]: row["pairs"] for row in read_jsonl(path, "key", "pairs")}
     rest = [(key, p) for key, p in zip(keys, prompts, strict=True) if key not in verdicts]
-    pool = ThreadPoolExecutor(judge.workers)
+
+    def ask(job: tuple[str, dict]) -> list[Preference]:
+        return judge(job[1], by_prompt[job[1]["id"]])
+
+    before = len(prompts) - len(rest)
     with append_to(path) as file:
-        try:
-            found = pool.map(lambda job: judge(job[1], by_prompt[job[1]["id"]]), rest)
-            for done, ((key, prompt), preferences) in enumerate(zip(rest, found, strict=True), 1):
-                verdicts[key] = [as_row(prompt, preference) for preference in preferences]
-                file.write(line({"key": key, "id": prompt["id"], "pairs": verdicts[key]}))
-                file.flush()
-                if done % 50 == 0 or done == len(rest):
-                    total = len(prompts) - len(rest) + done
-                    print(f"judged {total}/{len(prompts)} prompts", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)  # a judge that failed is not asked about the rest
+        for done, ((key, prompt), preferences) in enumerate(
+            several_at_a_time(ask, rest, judge.workers), start=1
+        ):
+            verdicts[key] = [as_row(prompt, preference) for preference in preferences]
+            file.write(line({"key": key, "id": prompt["id"], "pairs": verdicts[key]}))
+            file.flush()
+            if done % 50 == 0 or done == len(rest):
+                print(f"judged {before + done}/{len(prompts)} prompts", flush=True)
+    if rest:
+        _in_order(path, keys)
     return [pair for key in keys for pair in verdicts[key]]
+
+
+def _in_order(path: Path, keys: list[str]) -> None:
+    """Put the verdicts in `path`, which came in as they were given, in the order of `keys`; those
+    on other prompts or of other judges stay before them."""
+    place = {key: number for number, key in enumerate(keys)}
+    write_whole(path, sorted(read_jsonl(path), key=lambda row: place.get(row["key"], -1)))
 
 
 def as_row(prompt: dict, preference: Preference) -> dict:
@@ -246,7 +292,11 @@ def read_prompts(path: Path) -> list[dict]:
             messages = as_messages(row.get("prompt"), "user", "prompt")
             if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
                 raise BadRow("roles", "the prompt does not end with the user's message")
-            name = row.get("id", f"prompt-{number:05d}")
+            name = f"prompt-{number:05d}" if row.get("id") is None else row["id"]
+            if not isinstance(name, str | int):
+                raise BadRow("type", f"the id is not text but {type(name).__name__}")
+            if not are_facts(row.get("facts") or []):
+                raise BadRow("type", 'facts is not a list of lists of text, as [["Rayleigh"]]')
             if name in seen:
                 raise BadRow("duplicate", f"the id {name!r} stands there twice")
             if row.get("split", "train") not in SPLITS:
@@ -255,6 +305,8 @@ def read_prompts(path: Path) -> list[dict]:
             raise RecipeError(f"{where}: {error}") from None
         seen.add(name)
         prompts.append(row | {"id": name, "messages": messages})
+    if not prompts:
+        raise RecipeError(f'{path} has no prompts: write one a line, as {{"prompt": "Why?"}}')
     return prompts
 
 
@@ -266,7 +318,26 @@ def parse_styles(text: str) -> dict[str, int]:
         if name not in STYLES or not count.isdecimal() or len(count) > 6 or int(count) < 1:
             raise InputError(f"--samples takes style=count of {', '.join(STYLES)}, got {part!r}")
         styles[name] = int(count)
+    if sum(styles.values()) < 2:
+        raise RecipeError(f"--samples {text}: a pair takes two answers, so ask for two at least")
     return styles
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise a `RecipeError` for a number that makes no sense, with what it may be."""
+    ranges = {
+        "batch_size": (args.batch_size >= 1, "1 or more"),
+        "max_new_tokens": (args.max_new_tokens >= 1, "1 or more"),
+        "temperature": (0 <= args.temperature < math.inf, "0 or more"),
+        "top_p": (0 < args.top_p <= 1, "above 0 and at most 1"),
+        "pairs_per_prompt": (args.pairs_per_prompt >= 1, "1 or more"),
+        "seed": (args.seed >= 0, "0 or more"),
+        "least_gap": (not math.isnan(args.least_gap), "a number"),
+    }
+    for name, (fine, wanted) in ranges.items():
+        if not fine:
+            option = "--" + name.replace("_", "-")
+            raise RecipeError(f"{option} must be {wanted}, got {getattr(args, name)}")
 
 
 def make_judge(args: argparse.Namespace, cfg: Config) -> Judge:
@@ -279,7 +350,9 @@ def make_judge(args: argparse.Namespace, cfg: Config) -> Judge:
         raise InputError(f"--judge-url must begin with http:// or https://, got {args.judge_url!r}")
     if args.judge == "reward":
         return RewardModel(args.judge_model, cfg.dpo.device, args.least_gap)
-    return Endpoint(args.judge_url, args.judge_model, pairs=args.pairs_per_prompt)
+    endpoint = Endpoint(args.judge_url, args.judge_model, pairs=args.pairs_per_prompt)
+    endpoint.probe()
+    return endpoint
 
 
 def pick_backend(name: str) -> str:
@@ -293,20 +366,54 @@ def pick_backend(name: str) -> str:
     return "vllm" if torch.cuda.is_available() and find_spec("vllm") else "transformers"
 
 
+def facts_remark(prompts: list[dict]) -> str | None:
+    """What the rule cannot judge for want of facts, or None."""
+    without = sum(not p.get("facts") for p in prompts)
+    if not without:
+        return None
+    which = "the prompts have" if without == len(prompts) else f"{without} of the prompts have"
+    return (
+        f"{which} no `facts`: there the rule judges form only (finished, brief, one paragraph, no "
+        "repeats), not whether an answer is right. Add facts, or take --judge reward or endpoint."
+    )
+
+
 def build(args: argparse.Namespace) -> None:
-    """The command `python -m scripts.data build`, with its options in `args`."""
+    """The command `python -m scripts.data build`, with its options in `args`.
+
+    Raises:
+        KeyboardInterrupt: it was stopped; the message says what is kept.
+    """
+    try:
+        _build(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped: what was sampled and judged is kept in {args.out / '.build'}, and the same "
+            "command goes on from there"
+        ) from None
+
+
+def _build(args: argparse.Namespace) -> None:
+    check_options(args)
     cfg = config_from_args(args)
     prompts, styles = read_prompts(args.prompts), parse_styles(args.samples)
     work = args.out / ".build"
     judge = make_judge(args, cfg)  # first: a judge that is not there costs no sampling
+    if args.judge == "rule" and (remark := facts_remark(prompts)):
+        print(remark)
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
+    tokenizer = load_tokenizer(path, cfg.model.model_revision)
+    refuse_untemplated(prompts, tokenizer)
     make = vllm_sampler if pick_backend(args.backend) == "vllm" else transformers_sampler
     sampling = {"temperature": args.temperature, "top_p": args.top_p}
     sampler = make(cfg, path, max_new_tokens=args.max_new_tokens, **sampling)
     draws = {"batch_size": args.batch_size, "seed": args.seed}
     keep_settings(work, sampler.settings | draws)
-    answers = sample_answers(sampler, prompts, work / "samples.jsonl", styles=styles, **draws)
+    answers = sample_answers(
+        sampler, prompts, work / "samples.jsonl",
+        styles=styles, system=takes_system(tokenizer), **draws,
+    )  # fmt: skip
     pairs = judge_answers(judge, prompts, answers, work / "judged.jsonl")
     about = {"model": cfg.model.model_name_or_path, "judge": judge.name, "seed": args.seed}
     splits = {p["id"]: p.get("split", "train") for p in prompts}

@@ -21,7 +21,8 @@ class Checker:
       first. Length tells nothing here.
     - `beside`: it has the right answer, and something wrong or made up beside it.
     - `rambling`: the answer to the plain question, at least 1.5 times as long.
-    - `invented`: the text does not tell, and the answer does not say so.
+    - `declined`: it says that the text does not tell, and the text does.
+    - `invented`: the text does not tell, and the answer does not say so; up to two.
 
     A question to which no answer qualifies has no pair.
     """
@@ -48,12 +49,15 @@ class Checker:
             a
             for a in seen
             if a["finished"] and a["checked"].exact and a["checked"].sentences == 1
-            and a["tokens"] <= 30 and a["borne"] >= 0.75
+            and a["tokens"] <= 30 and (a["borne"] >= 0.75 or a["checked"].declined)
             and not repeated_ngram_share(a["text"].lower().split())
         ]  # fmt: skip
         if not good:
             return []
-        chosen = min(good, key=lambda a: (-round(a["borne"], 1), a["text"][-1] != ".", a["tokens"]))
+        brief = [(a["text"][-1] != ".", a["tokens"]) for a in good]
+        if prompt["answerable"]:
+            brief = [(-round(a["borne"], 1), *rest) for a, rest in zip(good, brief, strict=True)]
+        chosen = good[brief.index(min(brief))]
         return [
             Preference(kind, chosen, rejected, {})
             for kind, rejected in self._rejected(prompt, chosen, seen)
@@ -67,7 +71,8 @@ class Checker:
             styled = sorted((a for a in off if a not in plain), key=lambda a: -a["tokens"])
             worse = styled[:1] + [a for a in plain if not a["checked"].right]
             return [("invented", a) for a in worse]
-        wrong = [a for a in off if size / 2 <= a["tokens"] <= 2 * size]
+        declined = [a for a in off if a["checked"].declined]
+        wrong = [a for a in off if a not in declined and size / 2 <= a["tokens"] <= 2 * size]
         wrong.sort(key=lambda a: (-a["borne"], abs(a["tokens"] - size)))
         beside = [
             a
@@ -79,6 +84,7 @@ class Checker:
         rambling = [a for a in plain if a["tokens"] >= 1.5 * size][:1]
         return [
             *(("wrong", a) for a in wrong[: self.wrongs]),
+            *(("declined", a) for a in declined[:1]),
             *(("beside", a) for a in beside[:1]),
             *(("rambling", a) for a in rambling),
         ]

@@ -8,6 +8,14 @@
 | `orca` | `question`, `chosen`, `rejected` | Intel/orca_dpo_pairs |
 | `alpaca` | `instruction`, `chosen` or `output`, `rejected` | with `input` and `history` where there are any |
 | `sharegpt` | `conversations`, `chosen`, `rejected` | messages as `from` and `value` |
+| `messages` | `messages`, `chosen`, `rejected` | axolotl's `chat_template`: the conversation, and an answer's message each |
+| `responses` | `instruction` (or `prompt`, `question`, `query`, `messages`), `chosen_response`, `rejected_response` | axolotl's `argilla`; also `response_chosen`, `response_rejected` (MedicalGPT) |
+| `llamafactory` | `chosen_messages`, `rejected_messages` | LLaMA-Factory v1: two whole conversations, text under `value` |
+| `swift` | `messages` (or `query`, `response`), `rejected_response` or `rejected_messages` | ms-swift: the last message is chosen |
+| `openai` | `input`, `preferred_output`, `non_preferred_output` | OpenAI's preference files, with `input.messages` and `input.tools` |
+| `stackexchange` | `question`, `response_j`, `response_k` | `j` is the better one |
+| `scored` | a prompt, `completions` (or `answers`, `responses`) with a score each | the best against the worst, if further apart than `score_margin` |
+| `unpaired` | a prompt, an answer, `label` or `kto_tag` | KTO's: one answer a row, paired by `pairs.unpaired` |
 
 A `system` column becomes the system message in every format. Columns that the format does not read
 outlive it. See https://huggingface.co/docs/trl/dataset_formats.
@@ -16,6 +24,7 @@ outlive it. See https://huggingface.co/docs/trl/dataset_formats.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,7 +55,7 @@ def text_of(value: Any, what: str) -> str:
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         if any(part.get("type", "text") != "text" for part in value):
             raise BadRow("type", f"{what} has a part that is not text")
-        value = "".join(text_of(part.get("text"), what) for part in value)
+        value = "".join(text_of(part.get("text", part.get("value")), what) for part in value)
     if value is None:
         raise BadRow("missing", f"{what} is missing or null")
     if not isinstance(value, str):
@@ -115,12 +124,12 @@ def _split(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
     return _pair(pair["prompt"], pair["chosen"], pair["rejected"])
 
 
-def from_explicit(row: dict) -> dict[str, Messages]:
+def from_explicit(row: dict, column: str = "prompt") -> dict[str, Messages]:
     """TRL's explicit prompt. Answers that repeat the prompt's turns hold the conversation."""
     chosen, rejected = _answers(row)
     if all(len(a) > 1 and a[0]["role"] in ("system", "user") for a in (chosen, rejected)):
         return _split(chosen, rejected)
-    return _pair(as_messages(row.get("prompt"), "user", "prompt"), chosen, rejected)
+    return _pair(as_messages(row.get(column), "user", column), chosen, rejected)
 
 
 def _prompt_size(chosen: str, rejected: str) -> int:
@@ -203,6 +212,161 @@ def from_alpaca(row: dict) -> dict[str, Messages]:
     return _pair([*earlier, {"role": "user", "content": question}], *_answers(row))
 
 
+def from_messages(row: dict) -> dict[str, Messages]:
+    """axolotl's `chat_template`: `messages` up to the answer, or with the chosen one at its end."""
+    pair = from_explicit(row, "messages")
+    if pair["prompt"][-1:] == pair["chosen"][-1:]:
+        pair["prompt"] = pair["prompt"][:-1]
+    return pair
+
+
+# What other tools call the prompt of a row, and where they put a conversation.
+PROMPTS = "instruction|prompt|question|query|messages|conversations"
+CHOSEN, REJECTED = "chosen_response|response_chosen", "rejected_response|response_rejected"
+
+
+def _first(row: dict, names: str) -> tuple[str, Any]:
+    """The first of the columns `names` that is not null, with its value."""
+    found = [name for name in names.split("|") if row.get(name) is not None]
+    if not found:
+        raise BadRow("missing", f"{names.replace('|', ' or ')} is missing or null")
+    return found[0], row[found[0]]
+
+
+def _asked(row: dict) -> Messages:
+    """The prompt of a row, whatever its column is called, with `input` and `history`."""
+    name, value = _first(row, PROMPTS)
+    if isinstance(value, str):
+        return from_alpaca(row | {"instruction": value, "chosen": "", "rejected": ""})["prompt"]
+    return as_messages(value, "user", name)
+
+
+def from_responses(row: dict) -> dict[str, Messages]:
+    """axolotl's `argilla` and its like: the answers are called responses."""
+    answers = [as_messages(_first(row, c)[1], "assistant", c) for c in (CHOSEN, REJECTED)]
+    return _pair(_asked(row), *answers)
+
+
+def from_llamafactory(row: dict) -> dict[str, Messages]:
+    """LLaMA-Factory v1: `chosen_messages` and `rejected_messages` are whole conversations."""
+    names = ("chosen_messages", "rejected_messages")
+    return _split(*(as_messages(row.get(name), "user", name) for name in names))
+
+
+def _last_turn(talk: Messages, what: str) -> tuple[Messages, Messages]:
+    """A conversation that ends with an answer, as prompt and answer."""
+    if len(talk) < 2 or talk[-1]["role"] != "assistant":
+        raise BadRow("roles", f"{what} does not end with the assistant's answer")
+    return talk[:-1], talk[-1:]
+
+
+def from_swift(row: dict) -> dict[str, Messages]:
+    """ms-swift: the last of `messages` (or `response`) is chosen; the rejected one stands apart."""
+    if row.get("messages") is None:
+        prompt, chosen = _asked(row), as_messages(row.get("response"), "assistant", "response")
+    else:
+        talk = as_messages(row["messages"], "user", "messages")
+        prompt, chosen = _last_turn(talk, "messages")
+    name, value = _first(row, "rejected_response|rejected_messages")
+    rejected = as_messages(value, "assistant", name)
+    if len(rejected) > 1:
+        return _split([*prompt, *chosen], rejected)
+    return _pair(prompt, chosen, rejected)
+
+
+def from_openai(row: dict) -> dict[str, Any]:
+    """OpenAI's preference files: `input` holds `messages` and perhaps `tools`."""
+    asked = row.get("input")
+    if not isinstance(asked, dict):
+        raise BadRow("type", "input is not an object with messages")
+    outputs = [
+        as_messages(row.get(name), "assistant", name)
+        for name in ("preferred_output", "non_preferred_output")
+    ]
+    pair = _pair(as_messages(asked.get("messages"), "user", "input.messages"), *outputs)
+    return pair | ({"tools": _tools(asked["tools"])} if asked.get("tools") else {})
+
+
+def from_stackexchange(row: dict) -> dict[str, Messages]:
+    """lvwerra/stack-exchange-paired: `response_j` has more votes than `response_k`."""
+    return from_orca(row | {"chosen": row.get("response_j"), "rejected": row.get("response_k")})
+
+
+CANDIDATES = "completions|answers|responses|candidates|outputs"
+ANSWER_TEXTS = "response|text|answer|content|completion|output"
+SCORES = "score|overall_score|pm_score|reward|rating"
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise BadRow("type", f"{what} is not a number but {value!r}")
+    return number
+
+
+def _scored(row: dict) -> list[tuple[float, Any]]:
+    """The answers of a row, each with its score: beside the text, or in a list of its own. A `rank`
+    counts from the best."""
+    name, answers = _first(row, CANDIDATES)
+    if not isinstance(answers, list):
+        raise BadRow("type", f"{name} is not a list but {type(answers).__name__}")
+    if answers and all(isinstance(a, dict) for a in answers):
+        ranks = [-_number(a["rank"], "rank") for a in answers if a.get("rank") is not None]
+        if len(ranks) < len(answers):
+            ranks = [_number(_first(a, SCORES)[1], f"a score in {name}") for a in answers]
+        return list(zip(ranks, (_first(a, ANSWER_TEXTS)[1] for a in answers), strict=True))
+    column, scores = _first(row, "scores|rewards|ratings")
+    if not isinstance(scores, list) or len(scores) != len(answers):
+        raise BadRow("type", f"{column} is not a list of one number for each of {name}")
+    return [(_number(s, column), a) for s, a in zip(scores, answers, strict=True)]
+
+
+def from_scored(row: dict, margin: float = 0.0) -> dict[str, Messages]:
+    """Several answers with scores: of the best ones the first is chosen, of the worst ones the
+    first is rejected, if their scores are more than `margin` apart. One pair a row: pairs of every
+    two would have a prompt with many answers count more than one with two."""
+    scored = _scored(row)
+    if len(scored) < 2:
+        raise BadRow("missing", "there are not two answers to choose between")
+    best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
+    if best[0] - worst[0] <= margin:
+        raise BadRow(
+            "equal",
+            f"the best score is {best[0]:g}, the worst {worst[0]:g}: not more than {margin:g} "
+            "(score_margin) apart",
+        )
+    answers = (as_messages(answer, "assistant", "an answer") for _, answer in (best, worst))
+    return _pair(_asked(row), *answers)
+
+
+def judged(row: dict) -> tuple[Messages, Messages, bool]:
+    """The prompt, the answer and the label of a row of unpaired data."""
+    name, label = _first(row, "label|kto_tag")
+    good = LABELS.get(str(label).strip().lower())
+    if good is None:
+        raise BadRow("type", f"{name} is {label!r}, neither true nor false")
+    answers = "completion|response|output|answer"
+    if any(row.get(column) is not None for column in answers.split("|")):
+        column, answer = _first(row, answers)
+        return _asked(row), as_messages(answer, "assistant", column), good
+    return *_last_turn(_asked(row), _first(row, PROMPTS)[0]), good
+
+
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def from_unpaired(row: dict) -> dict[str, Messages]:
+    """KTO's rows, once `unpaired.pair_up` has put two with the same prompt together."""
+    for side, kind in (("chosen", "good"), ("rejected", "bad")):
+        if side not in row:
+            judged(row)  # which says what is wrong with the row by itself
+            raise BadRow("missing", f"no answer labelled {kind} is left for the same prompt")
+    return from_explicit(row)
+
+
 class Format(NamedTuple):
     """A format: the columns that tell it (`|`: either will do), how one of its rows becomes
     messages, and what it reads where it is there."""
@@ -216,13 +380,28 @@ class Format(NamedTuple):
         return {"system", *self.optional, *"|".join(self.needed).split("|")}
 
 
+TALK = ("input", "history")  # what `_asked` reads besides the prompt
+
+
 FORMATS: dict[str, Format] = {
     "explicit": Format(("prompt", "chosen", "rejected"), from_explicit),
     "orca": Format(("question", "chosen", "rejected"), from_orca),
     "sharegpt": Format(("conversations", "chosen", "rejected"), from_sharegpt),
-    "alpaca": Format(
-        ("instruction", "chosen|output", "rejected|output"), from_alpaca, ("input", "history")
+    "messages": Format(("messages", "chosen", "rejected"), from_messages),
+    "responses": Format((PROMPTS, CHOSEN, REJECTED), from_responses, TALK),
+    "llamafactory": Format(("chosen_messages", "rejected_messages"), from_llamafactory),
+    "swift": Format(
+        ("messages|query", "rejected_response|rejected_messages"), from_swift, ("response", *TALK)
     ),
+    "openai": Format(("input", "preferred_output", "non_preferred_output"), from_openai),
+    "stackexchange": Format(("question", "response_j", "response_k"), from_stackexchange),
+    "scored": Format((PROMPTS, CANDIDATES), from_scored, ("scores", "rewards", "ratings", *TALK)),
+    "unpaired": Format(
+        (PROMPTS, "label|kto_tag"),
+        from_unpaired,
+        ("chosen", "rejected", "completion", "response", "output", "answer", *TALK),
+    ),
+    "alpaca": Format(("instruction", "chosen|output", "rejected|output"), from_alpaca, TALK),
     "hh": Format(("chosen", "rejected"), from_hh),
     "implicit": Format(("chosen", "rejected"), from_implicit),
 }
@@ -236,9 +415,14 @@ def fits(name: str, columns: set[str]) -> bool:
 def detect(columns: set[str], sample: list[dict]) -> str | None:
     """The name of the format that `columns` and the first rows fit, or None.
 
-    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts.
+    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts. `scored`
+    and `unpaired` are told by what the rows hold, too: other data has answers and labels as well.
     """
-    names = [name for name in FORMATS if fits(name, columns)]
+    names = [
+        name
+        for name in FORMATS
+        if fits(name, columns) and (name not in HOLDS or HOLDS[name](columns, sample))
+    ]
     if names and names[0] == "hh":
         texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
         spoken = [isinstance(t, str) and bool(TURN.match(t)) for t in texts]
@@ -246,13 +430,38 @@ def detect(columns: set[str], sample: list[dict]) -> str | None:
     return names[0] if names else None
 
 
-def to_pair(row: dict, name: str) -> dict[str, Messages]:
-    """`prompt`, `chosen` and `rejected` of a row of the format `name`, as messages.
+def _holds_scores(columns: set[str], sample: list[dict]) -> bool:
+    return not columns & {"chosen", "rejected"} and any(map(_readable(_scored), sample))
+
+
+def _holds_labels(columns: set[str], sample: list[dict]) -> bool:
+    return not columns & {"chosen", "rejected"} and any(map(_readable(judged), sample))
+
+
+def _readable(read: Callable[[dict], Any]) -> Callable[[dict], bool]:
+    """Whether `read` takes a row, as a function of the row."""
+
+    def takes(row: dict) -> bool:
+        try:
+            read(row)
+        except BadRow:
+            return False
+        return True
+
+    return takes
+
+
+HOLDS = {"scored": _holds_scores, "unpaired": _holds_labels}
+
+
+def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:
+    """`prompt`, `chosen` and `rejected` of a row of the format `name`, as messages; of `scored`
+    answers those whose scores are more than `margin` apart.
 
     Raises:
         BadRow: the row lacks something, or holds something other than text.
     """
-    pair = FORMATS[name].convert(row)
+    pair = from_scored(row, margin) if name == "scored" else FORMATS[name].convert(row)
     first = pair["prompt"][0] if pair["prompt"] else {}
     if first.get("role") == "system" and not first["content"].strip():
         pair["prompt"] = pair["prompt"][1:]  # the template would spend tokens on saying nothing

@@ -176,13 +176,18 @@ the point? Length in itself is no merit.
 Reply with JSON only: {{"winner": "A"}}, {{"winner": "B"}} or {{"winner": "tie"}}."""
 
 
+CONNECT = 3.0  # seconds; what does not take a connection by then is not there
+FIRST = 10.0  # seconds for any first answer at all
+
+
 class Endpoint:
     """An OpenAI-compatible chat endpoint, asked about two answers at a time, in both orders.
 
     A judge tends to prefer the answer it reads first; only a winner that is the same in both orders
     counts, anything else is a tie. Of the finished answers, `pairs` disjoint pairs are drawn,
     always the same for a prompt. A busy or failing server (429, 5xx, no answer in time) is asked
-    again, later each time or when it says so; a reply that names no winner, up to three times.
+    again, later each time or when it says so; one that cannot be reached, twice within seconds; a
+    reply that names no winner, up to three times.
     """
 
     def __init__(self, url: str, model: str, *, pairs: int = 1, timeout: float = 60.0,
@@ -191,14 +196,27 @@ class Endpoint:
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.pairs, self.timeout = model, pairs, timeout
         retry = Retry(
-            retries, backoff_factor=backoff, status_forcelist=(429, 500, 502, 503, 504),
+            retries, connect=min(retries, 2), backoff_factor=backoff,
+            status_forcelist=(429, 500, 502, 503, 504),
             allowed_methods=None, respect_retry_after_header=True, raise_on_status=False,
         )  # fmt: skip
-        self.session = requests.Session()
+        self.session = requests.Session()  # shared by the workers, which only send
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))
         if key := os.environ.get("OPENAI_API_KEY"):
             self.session.headers["Authorization"] = f"Bearer {key}"
+
+    def probe(self) -> None:
+        """Raise a `JudgeError` within 15 seconds if nothing answers at the address.
+
+        Any answer will do, as not every server lists its models. It costs no sampling to be told
+        so at the beginning.
+        """
+        models = self.url.removesuffix("/chat/completions") + "/models"
+        try:
+            requests.get(models, headers=self.session.headers, timeout=(CONNECT, FIRST))
+        except requests.RequestException as error:
+            raise JudgeError(f"the judge at {self.url} does not answer: {error}") from None
 
     @property
     def settings(self) -> dict:
@@ -233,7 +251,7 @@ class Endpoint:
 
     def _reply(self, body: dict) -> str:
         try:
-            response = self.session.post(self.url, json=body, timeout=self.timeout)
+            response = self.session.post(self.url, json=body, timeout=(CONNECT, self.timeout))
         except requests.exceptions.ChunkedEncodingError:
             return ""  # the connection broke in the middle of the answer
         except requests.RequestException as error:

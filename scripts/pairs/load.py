@@ -32,6 +32,7 @@ from scripts.pairs.formats import FORMATS, BadRow, detect, fits, further_columns
 from scripts.pairs.report import WIDTH, Z, covering_length
 from scripts.pairs.sources import DataError, Row, named_splits, read_source
 from scripts.pairs.tokens import end_tokens, tokenize_pairs
+from scripts.pairs.unpaired import pair_up
 
 CHUNK = 2000  # pairs tokenised at a time, and at most for choosing max_length
 MOST_HELD_OUT = 0.2
@@ -159,6 +160,7 @@ def _readable(
             for where, row, problem in rows
         ]
     report.formats[split] = name = _format_of(rows, cfg)
+    rows = pair_up(rows) if name == "unpaired" else rows
     good = []
     for where, row, problem in rows:
         if row is None:
@@ -166,7 +168,7 @@ def _readable(
             report.findings.append(Finding(split, where, kind, problem))
             continue
         try:
-            pair = further_columns(row, name) | to_pair(row, name)
+            pair = further_columns(row, name) | to_pair(row, name, cfg.recipe.score_margin)
         except BadRow as error:
             report.findings.append(Finding(split, where, error.kind, error.detail))
             continue

@@ -53,7 +53,10 @@ def keep_settings(folder: Path, settings: dict) -> None:
     """
     path = folder / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise RecipeError(f"{path} is damaged; delete it, or take another --out") from None
         names = [name for name in settings if before.get(name) != settings[name]]
         if names:
             changes = (f"{n} was {before.get(n)!r}, is {settings[n]!r}" for n in names)
@@ -70,16 +73,30 @@ def line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSON-lines file; none if there is no file. A last line that a kill cut short is
-    left out."""
+def read_jsonl(path: Path, *fields: str) -> list[dict]:
+    """The rows of a JSON-lines file, each with `fields`; none if there is no file. A last line that
+    a kill cut short is left out.
+
+    Raises:
+        RecipeError: another line is damaged; it names the line.
+    """
     if not path.exists():
         return []
     rows = []
-    with path.open(encoding="utf-8") as file:  # splitlines() would also split at U+2028 in a text
-        for text in file:
-            if text.endswith("\n"):
-                rows.append(json.loads(text))
+    with path.open("rb") as file:  # splitlines() would also split at U+2028 in a text
+        for number, text in enumerate(file, start=1):
+            if not text.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(text)
+                fields_there = set(fields) <= set(row)
+            except (ValueError, TypeError):
+                fields_there = False
+            if not fields_there:
+                raise RecipeError(
+                    f"{path}:{number} is damaged; delete that line, and what it held is made again"
+                )
+            rows.append(row)
     return rows
 
 

@@ -1,69 +1,56 @@
-"""Read rows of preference data, and where each stands in its source.
-
-JSON and CSV files of your own are read line by line, so that one bad line is reported with its
-number instead of failing the whole file. Everything else (Parquet, Arrow, the hub) is read by
-`datasets.load_dataset`.
-"""
+"""Find the data that a config names, and read its rows by split: files, folders, addresses, the
+hub."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
+import os
+import re
 from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, load_dataset, load_dataset_builder
+from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from trl import ScriptArguments
 
 from scripts.config import ROOT, Config, ConfigError, RecipeError
 from scripts.hub import patiently
+from scripts.pairs.download import download, is_url
+from scripts.pairs.files import READ, SHEETS, DataError, Row, kind_of, read_file
 
-Row = tuple[str, dict[str, Any] | None, str]  # where it stands; the row, or None and what is wrong
-TEXT = {".jsonl", ".json", ".ndjson", ".csv", ".tsv"}
-
-
-class DataError(RecipeError):
-    """The data cannot be read as preference pairs: what, where and how to fix it."""
+# A file of a folder belongs to the split that its name has a word of, as on the hub.
+SPLIT_WORDS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+ABOUT = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
 
 def read_source(cfg: Config) -> dict[str, list[Row]]:
-    """All rows of the dataset of `cfg`, by split: a file, a folder, or a dataset on the hub.
+    """All rows of the dataset of `cfg`, by split: a file, a folder, an http(s) address of a file,
+    or a dataset on the hub.
 
-    A folder's data card may name its splits. A single file is the training split.
+    A folder's data card may name its splits. A single file is the training split. What is on this
+    machine, or has the form of a path, is never looked for on the hub. Without a `test` split, a
+    `validation` split is the held-out one.
 
     Raises:
         DataError: there is no such data, or it cannot be read at all.
     """
     args, name = cfg.script, cfg.script.dataset_name
-    if name is None:
+    if not name:
         raise DataError("dataset_name is not set: name a file, a folder or a hub dataset")
-    local = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
+    local = download(name) if is_url(name) else local_path(name)
+    if local is None and looks_like_a_path(name):
+        raise DataError(f"there is no file or folder {name}; check dataset_name")
     try:
-        files = _local_files(local, args.dataset_config) if local else {}
-        if files and all(f.suffix in TEXT for paths in files.values() for f in paths):
-            return {
-                split: [row for path in paths for row in read_file(path)]
-                for split, paths in files.items()
-            }
-        # A folder is read anew each time: the cache of `datasets` may not notice an edited file.
-        fresh = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
-        if local and local.is_file():
-            kind = "parquet" if local.suffix == ".parquet" else local.suffix.lstrip(".")
-            source = load_dataset(kind, data_files=str(local), **fresh)
-        else:
-            more = fresh if local else {"revision": cfg.recipe.dataset_revision}
-            source = patiently(
-                lambda: load_dataset(str(local or name), args.dataset_config, **more)
-            )
+        splits = _read_local(local, args) if local else _read_hub(name, cfg)
     except RecipeError:
         raise
     except Exception as error:  # each of the many loaders raises errors of its own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot load dataset {name!r}: {reason}") from error
-    return {split: list(_numbered(rows, split)) for split, rows in source.items()}
+    return _with_held_out(splits, args)
 
 
 def require_splits(cfg: Config) -> None:
@@ -72,10 +59,9 @@ def require_splits(cfg: Config) -> None:
     Raises:
         ConfigError: it names the nearest split that there is.
     """
-    name = cfg.script.dataset_name
-    local = next((p for p in (Path(name), ROOT / name) if p.exists()), None)
-    if local:
-        named_splits(cfg, list(_local_files(local, cfg.script.dataset_config)))
+    local = local_path(cfg.script.dataset_name)
+    if local and local.is_dir():
+        named_splits(cfg, list(_with_held_out(_files(local, cfg.script), cfg.script)))
 
 
 def named_splits(cfg: Config, splits: list[str]) -> tuple[str, str | None]:
@@ -97,12 +83,36 @@ def named_splits(cfg: Config, splits: list[str]) -> tuple[str, str | None]:
     return train, test if test in splits else None
 
 
-def _local_files(path: Path, config: str | None) -> dict[str, list[Path]]:
-    """The files behind each split of a local file or folder."""
-    if path.is_file():
-        return {"train": [path]}
-    splits = load_dataset_builder(str(path), config).config.data_files or {}
-    return {str(split): [Path(str(f)) for f in files] for split, files in splits.items()}
+def local_path(name: str) -> Path | None:
+    """The file or folder that `name` is on this machine: from the home folder (`~`), the current
+    one, or the project's; None if there is none."""
+    path = Path(os.path.expanduser(name))  # Path's own raises for the home of an unknown user
+    return next((p for p in (path, ROOT / path) if p.exists()), None)
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether `name` cannot be meant for a dataset on the hub, `NAME` or `OWNER/NAME`."""
+    known = kind_of(name) in (*READ, *SHEETS) or Path(name.lower()).suffix in (".gz", ".zip")
+    return known or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def _read_local(path: Path, args: ScriptArguments) -> dict[str, list[Row]]:
+    if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
+        return _by_split(load_from_disk(str(path)), args.dataset_train_split)  # `save_to_disk`
+    files = {args.dataset_train_split: [path]} if path.is_file() else _files(path, args)
+    return {split: [row for f in some for row in read_file(f)] for split, some in files.items()}
+
+
+def _read_hub(name: str, cfg: Config) -> dict[str, list[Row]]:
+    config, revision = cfg.script.dataset_config, cfg.recipe.dataset_revision
+    data = patiently(lambda: load_dataset(name, config, revision=revision))
+    return _by_split(data, cfg.script.dataset_train_split)
+
+
+def _by_split(data: Dataset | DatasetDict, train: str) -> dict[str, list[Row]]:
+    """The rows of what `datasets` loaded; a dataset without splits is the training split."""
+    splits = data if isinstance(data, DatasetDict) else {train: data}
+    return {str(split): list(_numbered(rows, split)) for split, rows in splits.items()}
 
 
 def _numbered(rows: Dataset, split: str) -> Iterator[Row]:
@@ -110,96 +120,48 @@ def _numbered(rows: Dataset, split: str) -> Iterator[Row]:
         yield f"{split}:{number}", row, ""
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """The rows of a JSON, JSON-lines, CSV or TSV file; `where` is its name and the line (of JSON,
-    the row's) number, from 1."""
-    raw = path.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path.name} is UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
-    if path.suffix in (".csv", ".tsv"):
-        yield from _csv_rows(path, raw)
-    elif path.suffix == ".json" and not _object_a_line(raw):
-        yield from _json_rows(path, raw)
-    else:
-        yield from _json_lines(path, raw)
+def _files(folder: Path, args: ScriptArguments) -> dict[str, list[Path]]:
+    """The files behind each split of a folder: as its data card says, or by their names. Files
+    beside them that look like data are told."""
+    card = folder / "README.md"
+    if card.is_file() and re.search(r"^configs:", card.read_text(errors="replace"), re.MULTILINE):
+        splits = load_dataset_builder(str(folder), args.dataset_config).config.data_files or {}
+        return {str(split): [Path(str(f)) for f in files] for split, files in splits.items()}
+    there = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ABOUT)
+    there = [f for f in there if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
+    usable = [f for f in there if kind_of(f) in READ]
+    if not usable:
+        names = ", ".join(f.name for f in there[:5]) or "nothing"
+        raise DataError(f"{folder} has {names}, and no file of {', '.join(READ)}")
+    splits = {
+        split: [f for f in usable if words & _words(f.relative_to(folder))]
+        for split, words in SPLIT_WORDS.items()
+    }
+    splits = {split: files for split, files in splits.items() if files}
+    splits = splits or {args.dataset_train_split: usable}
+    used = {f for files in splits.values() for f in files}
+    unread = [f for f in there if f not in used and kind_of(f) in (*READ, *SHEETS)]
+    if unread:
+        names = ", ".join(str(f.relative_to(folder)) for f in unread[:5])
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        read = ", ".join(str(f.relative_to(folder)) for f in sorted(used)[:5])
+        print(f"{folder}: read {read}; NOT read: {names}{more} (no split in the name, or no data).")
+    return splits
 
 
-def _object_a_line(raw: bytes) -> bool:
-    """Whether a `.json` file holds JSON lines, as many do, and not one array or object."""
-    first, _, rest = raw.strip().partition(b"\n")
-    try:
-        return bool(rest.strip()) and isinstance(json.loads(first), dict)
-    except ValueError:
-        return False
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", str(path).lower()))
 
 
-def _json_lines(path: Path, raw: bytes) -> Iterator[Row]:
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        where = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            yield where, None, f"not UTF-8: byte {line[error.start]:#04x} at {error.start}"
-        except (ValueError, RecursionError) as error:
-            yield where, None, f"not JSON: {error}"
-        else:
-            yield _object(where, row)
-
-
-def _object(where: str, row: Any) -> Row:
-    if isinstance(row, dict):
-        return where, row, ""
-    return where, None, f"not an object of fields but {type(row).__name__}"
-
-
-def _json_rows(path: Path, raw: bytes) -> Iterator[Row]:
-    try:
-        rows = json.loads(raw.decode("utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path.name} is not valid JSON: {error}") from None
-    if isinstance(rows, dict):  # {"data": [...]}
-        lists = [value for value in rows.values() if isinstance(value, list)]
-        rows = lists[0] if len(lists) == 1 else [rows]
-    for number, row in enumerate(rows, start=1):
-        yield _object(f"{path.name}:{number}", row)
-
-
-def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
-    # Bytes that are not UTF-8 become U+FFFD, which the checks find in their row.
-    text = io.StringIO(raw.decode("utf-8-sig", errors="replace"), newline="")
-    csv.field_size_limit(2**31 - 1)
-    # Strict: else a quote that is never closed takes in the rest of the file as one cell.
-    reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    columns: list[str] = []
-    while True:
-        where = f"{path.name}:{reader.line_num + 1}"  # a row may span lines: where it begins
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield where, None, f"not CSV: {error}"
-            continue
-        if cells is None:
-            return
-        if not cells:  # an empty line
-            continue
-        if not columns:
-            columns = cells
-        elif len(cells) > len(columns):
-            yield where, None, f"{len(cells) - len(columns)} cells more than there are columns"
-        else:
-            row = dict(zip_longest(columns, map(_cell, cells)))
-            yield where, row, ""
-
-
-def _cell(value: str | None) -> Any:
-    """A CSV cell; one that holds messages as JSON is read as such."""
-    if value and value.lstrip().startswith('[{"'):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            return value
-        if all(isinstance(m, dict) and {"role", "from"} & set(m) for m in parsed):
-            return parsed
-    return value
+def _with_held_out(splits: dict[str, list[Row]], args: ScriptArguments) -> dict[str, list[Row]]:
+    """`splits`, in which a `validation` split stands in for a missing `test`."""
+    test = args.dataset_test_split
+    if test in splits:
+        return splits
+    if test != "test":  # it was asked for, and is refused by its name
+        return splits
+    name = next((s for s in splits if s in SPLIT_WORDS["validation"]), None)
+    if name and name != args.dataset_train_split:
+        print(f"The split {name!r} is held out, as there is no 'test'.")
+        splits[test] = splits.pop(name)
+    return splits

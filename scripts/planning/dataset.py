@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from scripts.cli import ROOT
 from scripts.config import Config
+from scripts.pairs.download import is_url
 from scripts.pairs.load import check_preferences, held_out_count
+from scripts.pairs.sources import local_path
 from scripts.planning.lengths import Lengths
 from scripts.planning.table import table
 
@@ -28,9 +28,9 @@ class DatasetSize(NamedTuple):
 
 
 def is_local(cfg: Config) -> bool:
-    """Whether the dataset is a file or folder on this machine."""
+    """Whether the dataset is a file or folder on this machine, or one file at an address."""
     name = cfg.script.dataset_name
-    return bool(name) and any(Path(root, name).exists() for root in (ROOT, "."))
+    return bool(name) and (local_path(name) is not None or is_url(name))
 
 
 def dataset_size(cfg: Config) -> DatasetSize:
