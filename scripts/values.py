@@ -167,6 +167,8 @@ def _narrowed(field: dataclasses.Field, hint: Any) -> Any:
         float: Annotated[float, limits, AllowInfNan(False)],
         list[float]: list[Annotated[float, limits, AllowInfNan(False)]],
     }
+    if names and not {str, list[str]} & set(options):  # a number, or a name in its place
+        options.append(str)
     return typing.Union[tuple(replaced.get(option, option) for option in options)]  # noqa: UP007
 
 

@@ -42,12 +42,14 @@ def many(count: int, size: int = 20) -> list[dict]:
     return [explicit(f"Question {i}?", "Yes.", "n" * size + ".") for i in range(count)]
 
 
-def test_max_length_is_auto_for_other_data_and_stays_for_the_configs_own():
-    other = {"dataset_name": "mine.jsonl"}
-    assert load_config(DEFAULT).dpo.max_length == 160
+def test_max_length_is_auto_for_other_data_and_stays_for_the_configs_own(tmp_path):
+    other = {"dataset_name": str(write_jsonl(tmp_path / "mine.jsonl", many(3)))}
+    own = load_config(DEFAULT)
+    assert own.dpo.max_length > 100 and not own.length_is_open
     assert load_config(DEFAULT, other).length_is_open
     assert load_config(DEFAULT, other | {"max_length": 300}).dpo.max_length == 300
-    assert load_config(DEFAULT, {"dataset_name": "data"}).dpo.max_length == 160
+    again = {"dataset_name": own.script.dataset_name}
+    assert load_config(DEFAULT, again).dpo.max_length == own.dpo.max_length
     assert load_config(DEFAULT, other | {"max_length": None}).dpo.max_length is None
 
 
@@ -203,8 +205,6 @@ def test_the_error_about_a_split_counts_that_split_alone(tiny_cfg, tmp_path):
 
 
 WRONG = {
-    "utf16.jsonl": (json.dumps(many(1)[0]).encode("utf-16"), "is UTF-16; save it as UTF-8"),
-    "empty.jsonl": (b"", "is empty"),
     "one.jsonl": (json.dumps(many(1)[0]).encode(), "it takes two at least"),
     "same.jsonl": (json.dumps(explicit("A?", "b.", "b.")).encode(), "none of the 1 rows"),
     "text.jsonl": (b"just text\n", "can be read; text.jsonl:1: not JSON"),

@@ -155,12 +155,6 @@ def test_a_validation_split_is_held_out_and_said(name, tmp_path, capsys):
     assert len(read(tmp_path)["test"]) == 1  # one by that name comes first
 
 
-def test_a_test_split_that_is_named_and_not_there_is_an_error(tmp_path):
-    put(tmp_path / "train.jsonl", LINE)
-    with pytest.raises(DataError, match="no split 'test_prefs', only train"):
-        read(tmp_path, dataset_test_split="test_prefs")
-
-
 def test_the_other_files_of_a_folder_are_told(tmp_path, capsys):
     for name in ("train.jsonl", "more.jsonl", "old.csv", "sheet.xlsx", "notes.md", ".hidden.jsonl"):
         put(tmp_path / name, LINE)

@@ -121,7 +121,7 @@ class RewardModel:
                 dtype=torch.float32 if str(device) == "cpu" else torch.bfloat16,
                 use_safetensors=True,
             ).to(device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecipeError) as error:
             reason = str(error).splitlines()[0]
             raise JudgeError(f"cannot load the reward model {path}: {reason}") from error
         if self.model.config.num_labels != 1:
