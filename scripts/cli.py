@@ -175,7 +175,13 @@ def _build(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole(0), default=0, help="of the sampling")
     add("--backend", choices=["auto", "transformers", "vllm"], default="auto",
         help="auto: vLLM where it is installed and there is a GPU")  # fmt: skip
-    add("--judge", choices=["rule", "reward", "endpoint"], default="rule", help="who pairs them")
+    add(
+        "--judge",
+        choices=["rule", "checker", "reward", "endpoint"],
+        default="rule",
+        help="who pairs them",
+    )
+    add("--level", help="of passages: only those of this level")
     add("--judge-model", help="the reward model, or the endpoint's model")
     add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
     add("--pairs-per-prompt", type=whole(1), default=1, help="endpoint: at most so many")

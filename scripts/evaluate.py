@@ -408,6 +408,14 @@ def evaluation_table(figures: dict) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame.from_dict(rewards, orient="index")]).fillna("")
 
 
+def win_rates(figures: dict) -> pd.DataFrame:
+    """The tuned model's win rate over the base, as it is and with length taken out."""
+    rates = figures.get("win_rate", {})
+    names = {"raw": "win rate", "length_controlled": "at equal length"}
+    rows = {text: _show(rates[name]) for name, text in names.items() if name in rates}
+    return pd.DataFrame({"tuned over base": rows})
+
+
 # Columns of the table of baselines: what a reply should be.
 COMPARED = ("exact", "first", "mentioned", "declined", "facts", "length", "finished", "repeated")
 

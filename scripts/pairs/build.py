@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +30,11 @@ from scripts.generation import generate_replies
 from scripts.hub import fetch
 from scripts.measures.text import are_facts
 from scripts.model import load_tokenizer, resolve_model
-from scripts.pairs.files import read_file
+from scripts.pairs.checker import Checker
+from scripts.pairs.files import Row, read_file
 from scripts.pairs.formats import BadRow, Messages, as_messages
 from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
+from scripts.pairs.passages import ask, questions_of
 from scripts.pairs.provenance import (
     append_to,
     digest,
@@ -45,15 +47,41 @@ from scripts.pairs.provenance import (
 from scripts.pairs.tokens import ANSWER, end_tokens, tokenize_prompts
 from scripts.pairs.workers import several_at_a_time
 
+# Turns that show how to answer from a text, and how to say that it does not tell.
+_LIBRARY = (
+    "The library of Fenwell is open from 9 to 5 on weekdays. A new card costs 4 dollars. Books may "
+    "be kept for three weeks."
+)
+_TREES = (
+    "Marta planted the pear tree in 1931. Her brother Jonas added the plum tree six years later. "
+    "The plum tree flowers in March."
+)
+SHOWN = [
+    {"role": role, "content": content}
+    for text, question, answer in (
+        (_LIBRARY, "How much does a new card cost?", "A new card costs 4 dollars."),
+        (_TREES, "How tall is the pear tree?", "The text does not say."),
+        (_TREES, "Who planted the plum tree?", "Jonas planted the plum tree."),
+        (_LIBRARY, "Who runs the library?", "The text does not say."),
+    )
+    for role, content in (("user", f"{text}\n\n{question}"), ("assistant", answer))
+]
 # How a prompt is put to the model. The pair keeps only the plain prompt: what the request to be
 # brief brought out, the tuned model is to do unasked.
 STYLES: dict[str, dict[str, str]] = {
     "plain": {},
     "brief": {"suffix": " Answer in one or two short sentences."},
     "accurate": {"system": "Answer in one or two short, accurate sentences."},
+    # For questions on a passage.
+    "text": {"suffix": " Answer in one short sentence, using only the text above."},
+    "unless": {
+        "suffix": " Answer in one short sentence. If the text does not say, answer: "
+        "The text does not say."
+    },
+    "shown": {"earlier": SHOWN},
 }
 SPLITS = ("train", "test")
-Judge = Rule | RewardModel | Endpoint
+Judge = Rule | Checker | RewardModel | Endpoint
 # From conversations and a seed to an answer each: text, tokens (end of turn not counted), and
 # whether the model ended its turn in time.
 Sample = Callable[[list[Messages], int], list[tuple[str, int, bool]]]
@@ -97,6 +125,9 @@ def styled(messages: Messages, style: str, system: bool = True) -> Messages:
         *messages[:-1],
         messages[-1] | {"content": messages[-1]["content"] + how.get("suffix", "")},
     ]
+    if "earlier" in how:
+        first = next(i for i, m in enumerate(messages) if m["role"] != "system")
+        messages = [*messages[:first], *how["earlier"], *messages[first:]]
     if "system" not in how or any(m["role"] == "system" for m in messages):
         return messages
     if system:
@@ -265,7 +296,8 @@ def _in_order(path: Path, keys: list[str]) -> None:
 
 def as_row(prompt: dict, preference: Preference) -> dict:
     """One pair as a row: the prompt's own fields, the messages, and how each answer came about."""
-    row = {k: v for k, v in prompt.items() if k not in ("messages", "prompt", "split")}
+    left_out = ("messages", "prompt", "split", "passage")  # the passage is in the prompt
+    row = {k: v for k, v in prompt.items() if k not in left_out}
     row |= {"kind": preference.kind, "prompt": prompt["messages"]}
     answers = {"chosen": preference.chosen, "rejected": preference.rejected}
     for side, answer in answers.items():
@@ -285,7 +317,7 @@ def read_prompts(path: Path) -> list[dict]:
     if not path.is_file():
         raise RecipeError(f"no prompts at {path}: give --prompts a JSON-lines, JSON or CSV file")
     prompts, seen = [], set()
-    for number, (where, row, problem) in enumerate(read_file(path)):
+    for number, (where, row, problem) in enumerate(_questions_apart(read_file(path))):
         try:
             if row is None:
                 raise BadRow("unreadable", problem)
@@ -308,6 +340,19 @@ def read_prompts(path: Path) -> list[dict]:
     if not prompts:
         raise RecipeError(f'{path} has no prompts: write one a line, as {{"prompt": "Why?"}}')
     return prompts
+
+
+def _questions_apart(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows of a file, in which a passage gives a prompt for each of its questions."""
+    for where, row, problem in rows:
+        if not row or "questions" not in row:
+            yield where, row, problem
+            continue
+        try:
+            for question in questions_of(row):
+                yield where, question | {"prompt": ask(question)}, ""
+        except (KeyError, TypeError) as error:
+            yield where, None, f"no passage with questions: {type(error).__name__} {error}"
 
 
 def parse_styles(text: str) -> dict[str, int]:
@@ -344,6 +389,8 @@ def make_judge(args: argparse.Namespace, cfg: Config) -> Judge:
     """The judge that the options name."""
     if args.judge == "rule":
         return Rule()
+    if args.judge == "checker":
+        return Checker()
     if not args.judge_model or (args.judge == "endpoint" and not args.judge_url):
         raise InputError(f"--judge {args.judge} needs --judge-model (and endpoint --judge-url)")
     if args.judge == "endpoint" and not args.judge_url.startswith(("http://", "https://")):
@@ -397,6 +444,11 @@ def _build(args: argparse.Namespace) -> None:
     check_options(args)
     cfg = config_from_args(args)
     prompts, styles = read_prompts(args.prompts), parse_styles(args.samples)
+    prompts = [p for p in prompts if args.level in (None, p.get("level"))]
+    if not prompts:
+        raise InputError(f"--level {args.level}: no prompt of {args.prompts} has that level")
+    if args.judge == "checker" and not all("accept" in p for p in prompts):
+        raise InputError("--judge checker needs passages with questions, as data/passages.jsonl")
     work = args.out / ".build"
     judge = make_judge(args, cfg)  # first: a judge that is not there costs no sampling
     if args.judge == "rule" and (remark := facts_remark(prompts)):

@@ -22,7 +22,7 @@ class Checker:
     - `beside`: it has the right answer, and something wrong or made up beside it.
     - `rambling`: the answer to the plain question, at least 1.5 times as long.
     - `declined`: it says that the text does not tell, and the text does.
-    - `invented`: the text does not tell, and the answer does not say so; up to two.
+    - `invented`: the text does not tell, and the answer does not say so.
 
     A question to which no answer qualifies has no pair.
     """
@@ -68,9 +68,8 @@ class Checker:
         off = [a for a in seen if a["finished"] and not a["checked"].right]
         plain = [a for a in seen if a["style"] == "plain"]
         if not prompt["answerable"]:
-            styled = sorted((a for a in off if a not in plain), key=lambda a: -a["tokens"])
-            worse = styled[:1] + [a for a in plain if not a["checked"].right]
-            return [("invented", a) for a in worse]
+            worse = [a for a in plain if not a["checked"].right] or off
+            return [("invented", a) for a in worse[:1]]
         declined = [a for a in off if a["checked"].declined]
         wrong = [a for a in off if a not in declined and size / 2 <= a["tokens"] <= 2 * size]
         wrong.sort(key=lambda a: (-a["borne"], abs(a["tokens"] - size)))

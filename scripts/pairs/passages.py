@@ -30,12 +30,7 @@ def read_questions(path: Path, split: str, level: str | None = None) -> list[dic
             passage = json.loads(line)
             if passage["split"] != split or level not in (None, passage.get("level")):
                 continue
-            rows += [
-                {"id": f"{passage['id']}-{i}", "passage_id": passage["id"]}
-                | {"passage": passage["passage"]}
-                | {key: question[key] for key in KEYS}
-                for i, question in enumerate(passage["questions"])
-            ]
+            rows += questions_of(passage)
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(
                 f"questions: line {number} of {path} is no passage with questions "
@@ -45,6 +40,21 @@ def read_questions(path: Path, split: str, level: str | None = None) -> list[dic
         kind = f"{level} passages" if level else "passages"
         raise RecipeError(f"questions: {path} has no {kind} of the split `{split}`")
     return rows
+
+
+def questions_of(passage: dict) -> list[dict]:
+    """The questions of one line of such a file.
+
+    Raises:
+        KeyError, TypeError: it is no passage with questions.
+    """
+    about = {key: passage[key] for key in ("passage", "split", "level") if key in passage}
+    return [
+        {"id": f"{passage['id']}-{i}", "passage_id": passage["id"]}
+        | about
+        | {key: question[key] for key in KEYS}
+        for i, question in enumerate(passage["questions"])
+    ]
 
 
 def ask(row: dict) -> Messages:
