@@ -9,6 +9,7 @@ mistyped option are answered at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,11 +87,15 @@ def number(least: float, most: float = 1e9, *, above: bool = False) -> Callable[
 
 
 def _stopped(kind: type[BaseException], error: BaseException, trace) -> None:
-    """Ctrl-C ends a command with one line, also while its libraries load."""
-    if issubclass(kind, KeyboardInterrupt):
-        print(error if error.args else "stopped", file=sys.stderr)
-    else:
+    """Ctrl-C ends a command with one line, also while its libraries load. One that says what it
+    kept has put its work away: it ends at once, without seconds of tidying up after torch."""
+    if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+        return
+    print(error if error.args else "stopped", file=sys.stderr, flush=True)
+    if error.args:
+        sys.stdout.flush()
+        os._exit(130)
 
 
 def argument_parser(name: str, **more) -> argparse.ArgumentParser:
