@@ -1,0 +1,1 @@
+"""Faults done for real to the recipe, area by area: `python -m tests.survival`."""
