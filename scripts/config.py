@@ -52,6 +52,7 @@ class RecipeArguments:
     max_new_tokens: AtLeast1 = 256  # cap on a reply when the model is tried before and after
     generation_batch_size: AtLeast1 = 16
     eval_prompts: AtLeast1 | None = None  # try this many held-out prompts (None: all of them)
+    loader_timeout: AtLeast1 = 600  # seconds that the next batch may take before training stops
     # Of the merged model; bfloat16 rounds a small update away.
     merge_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     wandb_project: Annotated[str, Field(min_length=1)] = "llama3-dpo"

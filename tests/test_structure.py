@@ -13,8 +13,8 @@ from scripts.cli import COMMANDS, ROOT
 # Downstream order: a room may import from those before it, and from itself. A step of the story
 # (a file at the top of scripts/) is a room of its own.
 ORDER = [
-    "cli", "config", "measures", "pairs.reading", "plots", "monitoring", "login", "model",
-    "generation", "pairs.building", "data", "sharing", "adapter", "training", "planning",
+    "cli", "config", "checkpoints", "measures", "pairs.reading", "plots", "monitoring", "login",
+    "model", "generation", "pairs.building", "data", "sharing", "adapter", "training", "planning",
     "preflight", "evaluate", "export", "plan", "benchmark", "run",
     "selfcheck", "acceptance",
 ]  # fmt: skip
