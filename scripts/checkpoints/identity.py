@@ -38,7 +38,14 @@ HARMLESS = {
     "max_new_tokens", "generation_batch_size", "eval_prompts", "eval_samples", "merge_dtype",
     "wandb_project", "on_bad_rows", "loader_timeout", "ignore_bias_buffers",
 }  # fmt: skip
-HARMLESS_PREFIXES = ("hub_", "dataloader_num", "dataloader_pin", "dataloader_pre", "dataloader_per")
+HARMLESS_PREFIXES = (
+    "hub_",
+    "dataloader_num",
+    "dataloader_multi",
+    "dataloader_pin",
+    "dataloader_pre",
+    "dataloader_per",
+)
 # What these name is compared itself, by a digest: they may have moved.
 DATA_KEYS = {
     "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split",

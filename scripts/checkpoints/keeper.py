@@ -60,6 +60,7 @@ class Keeper(DPOTrainer):
     _epoch_rng: dict[str, Any] | None = None
     _updating = False  # weights and optimiser may be of two different steps
     _identity: dict | None = None
+    _number = 1  # of the step that is under way, for the messages
     _batches: list = ()
 
     # ---- the whole of training ----
@@ -153,8 +154,8 @@ class Keeper(DPOTrainer):
     def _ended(self, what: str) -> TrainingError | Stopped:
         if self._asked:  # which may have hit the loader's workers, too
             return self._stopped(self._asked)
-        return TrainingError(f"training stopped at step {self.state.global_step + 1}: {what}. "
-                             f"{self._rescued()}")  # fmt: skip
+        what = f"training stopped at step {self._number}: {what}"
+        return TrainingError(f"{what}. {self._rescued()}")
 
     def _rescued(self, together: bool = False) -> str:
         """Make the last finished step a checkpoint if it is none yet, and say what is kept.
@@ -190,6 +191,7 @@ class Keeper(DPOTrainer):
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self._number = self.state.global_step + 1
         try:
             with time_limit(self.loader_timeout):
                 samples = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -261,7 +263,7 @@ class Keeper(DPOTrainer):
                 texts = {side: self.processing_class.decode(row) for side, row in named.items()}
                 rows.append(texts | {f"{side}_ids": row.tolist() for side, row in named.items()})
         path = self._run_dir / "failed_batch.json"
-        found = {"step": self.state.global_step + 1, "what": what, "pairs": rows}
+        found = {"step": self._number, "what": what, "pairs": rows}
         try:
             write_whole(path, json.dumps(found, indent=1, ensure_ascii=False))
         except OSError as error:

@@ -15,6 +15,16 @@ HELD_BY_PARENT = "DPO_RUN_LOCKED"  # the folder whose outer lock the process tha
 _held: dict[Path, int] = {}  # open descriptors, which are the locks; a notebook's kernel keeps them
 
 
+def _leave_to_the_parent() -> None:
+    """A worker of the loader that outlives its run, hung as it is, must not keep the folder."""
+    for descriptor in _held.values():
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
 def _take(path: Path) -> int | None:
     """An open descriptor that holds the lock `path`, or None if another process does."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -36,6 +36,8 @@ def gone_before_resuming() -> None:
 def loader(how: str, workers: int, says: str) -> None:
     run_dir = tiny.scratch("loader") / "run"
     settings = {"dataloader_num_workers": workers, "loader_timeout": 3}
+    if workers:
+        settings["dataloader_multiprocessing_context"] = "fork"
     done = tiny.run(run_dir, probe=Loader(4, how), **settings)
     assert done.code == 1, done.text[-1500:]
     line = done.one_line()

@@ -47,7 +47,8 @@ def faults() -> Iterator[tuple[str, Callable[[], None]]]:
             ("in evaluation", 2, "on_prediction_step", {"eval_strategy": "steps", "eval_steps": 2}),
             ("in a run that keeps no checkpoints", 3, "on_step_end", {"save_strategy": "no"}),
             ("between two logs", 5, "on_step_end", {"logging_steps": 3}),
-            ("with the loader's workers", 3, "on_step_end", {"dataloader_num_workers": 2}),
+            ("with the loader's workers", 3, "on_step_end", 
+             {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}),
             ("in the last step", 6, "on_step_end", {}),
         ):  # fmt: skip
             yield f"{name} {where}", partial(stopped, signum, step, event, settings)
