@@ -6,6 +6,7 @@ in `model/`.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from peft import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 
+from scripts.checkpoints.store import put_in_place
+from scripts.checkpoints.trouble import told
 from scripts.cli import RecipeError
 from scripts.config import Config
 from scripts.origins import read_origins
@@ -47,8 +50,15 @@ def save_adapter(trainer: DPOTrainer, cfg: Config) -> Path:
     """
     target = trained_folder(cfg)
     if cfg.is_main_process:
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(target)
-        trainer.processing_class.save_pretrained(target)
+        part = target.with_name(f".{target.name}.part")
+        with told(cfg.run_dir, f"saving {target} (training is through; `--resume` saves it again)"):
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(part)
+                trainer.processing_class.save_pretrained(part)
+                put_in_place(part, target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return target
 

@@ -9,7 +9,9 @@ mistyped option are answered at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +36,21 @@ COMMANDS = {
 }
 
 
+STOPPED = 75  # exit code: stopped from outside, the same command goes on (EX_TEMPFAIL, sysexits.h)
+CTRL_C = 130  # 128 + SIGINT, as shells have it
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# The same from torch's and safetensors' own writers, which give no errno.
+FULL_WORDS = (
+    "no space left", "os error 28", "os error 27", "os error 122", "file too large",
+    "quota exceeded", "pytorchstreamwriter failed", "unexpected pos", "iostream error",
+)  # fmt: skip
+
+
 class RecipeError(Exception):
     """Something the user can put right; its one line says what, where and how."""
 
-    exit_code = 1
+    exit_code = 1  # what a command that it ends exits with
 
 
 class InputError(RecipeError):
@@ -46,13 +59,37 @@ class InputError(RecipeError):
     exit_code = 2  # as argparse ends after a mistyped option
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for lack of room: full disk, quota, or a limit on a file's size."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    return any(word in str(error).lower() for word in FULL_WORDS)
+
+
+def terminated(signum, frame) -> None:
+    """What a command does on SIGTERM while it does not train."""
+    print("error: stopped by SIGTERM; the same command begins again or goes on", file=sys.stderr)
+    sys.exit(STOPPED)
+
+
 def command(main: Callable[..., None], *arguments) -> None:
-    """Run `main` as a program: a `RecipeError` ends it with its one line and its exit code."""
+    """Run `main` as a program. A `RecipeError`, Ctrl-C, SIGTERM and a full disk end it with one
+    line and an exit code."""
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main(*arguments)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        _stopped(KeyboardInterrupt, error, None)
+        sys.exit(CTRL_C)
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        sys.exit(
+            f"error: a file could not be written, no room: {error}; make room and run it again"
+        )
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -92,10 +129,11 @@ def _stopped(kind: type[BaseException], error: BaseException, trace) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
-    print(error if error.args else "stopped", file=sys.stderr, flush=True)
+    line = "stopped by Ctrl-C; the same command begins again or goes on"
+    print(error if error.args else f"\n{line}", file=sys.stderr, flush=True)
     if error.args:
         sys.stdout.flush()
-        os._exit(130)
+        os._exit(CTRL_C)
 
 
 def argument_parser(name: str, **more) -> argparse.ArgumentParser:
@@ -159,7 +197,10 @@ def _repeat() -> argparse.ArgumentParser:
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    add = parser.add_argument
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint, or refuse")
+    add("--overwrite", action="store_true",
+        help="begin anew; what an earlier run left in the run folder is set aside")  # fmt: skip
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +256,7 @@ def _acceptance(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run,
+    "training": _run,
     "plan": _plan,
     "data build": _build,
     "benchmark": _benchmark,

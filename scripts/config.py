@@ -69,6 +69,7 @@ class RecipeArguments:
     baselines: bool = False  # also what the base does by other means: asked to be brief, cut ...
     # {figure: {at_least: ...}} or {at_most: ...}, in place of those set beforehand
     aims: dict[str, dict[Literal["at_least", "at_most"], float]] | None = None
+    loader_timeout: int = 600  # seconds that the next batch may take before training stops
     # Of the merged model; bfloat16 rounds a small update away.
     merge_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     wandb_project: str = "llama3-dpo"

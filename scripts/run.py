@@ -3,9 +3,11 @@
     python -m scripts.run --config configs/smollm2-135m-cpu.yaml --set beta=0.2
 
 The executed notebook goes into the run folder as `notebook.ipynb`; when a cell fails it is written
-all the same, with the error at its top. `--resume` goes on from the run's last checkpoint.
+all the same, with the error at its top. The same command goes on with a run that was stopped; in
+the folder of a finished one it asks for `--resume`, `--overwrite` or another folder.
 
-Exit codes: 0, all cells ran; 1, a cell failed or the config has a mistake; 2, no such option.
+Exit codes: 0, all cells ran; 1, a cell failed, the kernel was killed, or the config has a mistake;
+2, no such option; 75, stopped by SIGTERM, a checkpoint is kept; 130, the same by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,20 +20,31 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import papermill
+import psutil
+from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_markdown_cell
 from papermill.exceptions import PapermillExecutionError
-from transformers.trainer_utils import get_last_checkpoint
 
 from scripts.adapter import trained_folder
+from scripts.checkpoints.lock import HELD_BY_PARENT
+from scripts.checkpoints.store import newest_whole
+from scripts.cli import CTRL_C, STOPPED
 from scripts.config import ROOT, Config, RecipeError, config_from_args, parse_overrides
 from scripts.evaluate import evaluation_table
+from scripts.monitoring.folder import settle
+from scripts.monitoring.memory import GB
+from scripts.planning.hardware import memory_table, on_gpu
 
 NOTEBOOK = ROOT / "notebooks" / "llama3_dpo.ipynb"
+CLEAR = ("TrainingError", "Stopped")  # errors that say themselves what is kept
 
 
 def execute(cfg: Config, config: str, overrides: dict) -> None:
@@ -40,7 +53,7 @@ def execute(cfg: Config, config: str, overrides: dict) -> None:
     Raises:
         PapermillExecutionError: a cell failed.
     """
-    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    os.environ[HELD_BY_PARENT] = str(cfg.run_dir.resolve())  # the kernel runs in our folder
     # papermill passes the notebook's own output on through this logger; its line per cell as well.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     for noisy in ("httpx", "httpx2", "papermill.translators"):
@@ -60,35 +73,85 @@ def execute(cfg: Config, config: str, overrides: dict) -> None:
     )
 
 
-def put_error_on_top(cfg: Config, error: PapermillExecutionError) -> None:
-    """Begin the saved notebook with what went wrong, in which cell, and what to do next."""
+def put_on_top(cfg: Config, head: str, text: str) -> None:
+    """Begin the saved notebook with what went wrong, and what to do next."""
     path = cfg.run_dir / "notebook.ipynb"
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(
-        0,
-        new_markdown_cell(
-            f"## The run failed in cell {error.exec_count}\n\n"
-            f"```\n{error.ename}: {error.evalue}\n```\n\n"
-            "What ran before it is below. Mend it and run the same command again; with `--resume` "
-            "training goes on from its last checkpoint, if the config keeps any (`save_strategy`)."
-        ),
-    )
+    notebook.cells.insert(0, new_markdown_cell(f"## {head}\n\n```\n{text}\n```\n"))
     nbformat.write(notebook, path)
 
 
-def checkpoint(cfg: Config) -> str:
-    """The run's last checkpoint.
-
-    Raises:
-        RecipeError: there is none to go on from.
-    """
-    last = get_last_checkpoint(cfg.run_dir) if cfg.run_dir.is_dir() else None
+def kept(cfg: Config) -> str:
+    """What of the training is kept, and how to go on."""
+    if trained_folder(cfg).is_dir():
+        return f"The training is kept in {trained_folder(cfg)}: --resume does what is left"
+    last, remarks = newest_whole(cfg.run_dir)
     if last is None:
-        raise RecipeError(
-            f"--resume: no checkpoint in {cfg.run_dir}; leave --resume out, and to keep some set "
-            "save_strategy: steps and save_steps"
+        return "; ".join(["No checkpoint is kept: the same command begins again", *remarks])
+    return f"Kept: {last}: the same command goes on from there"
+
+
+def kernel_died(cfg: Config, kills_before: int) -> str:
+    """What the death of the notebook's kernel means, with the plan's figures beside the machine's.
+
+    Nothing is left to say why; a kill for lack of memory is what it nearly always is.
+    """
+    killed = out_of_memory_kills() - kills_before
+    sure = f"the system's count of such kills rose by {killed}" if killed > 0 else "most likely"
+    gb = psutil.virtual_memory()
+    try:
+        peaks = memory_table(cfg).loc["peak"]
+        where = "GPU memory" if on_gpu(cfg) else "memory"
+        planned = (
+            f"The plan needs {peaks.max():.1f} GB of {where}, most in the phase {peaks.idxmax()}"
         )
-    return last
+    except (RecipeError, OSError) as error:  # a plan may need the network
+        planned = f"There is no plan ({error})"
+    return (
+        f"The notebook's kernel was killed from outside, as the system does when memory runs short "
+        f"({sure}). {planned}; this machine has {gb.total / GB:.1f} GB, of which "
+        f"{gb.available / GB:.1f} are free now. `python -m scripts.plan` says what to change: "
+        f"activation_checkpointing: true, or smaller batches. {kept(cfg)}."
+    )
+
+
+def out_of_memory_kills() -> int:
+    """How many processes Linux has killed for lack of memory since it started; 0 if unknown."""
+    try:
+        words = Path("/proc/vmstat").read_text().split()
+        return int(words[words.index("oom_kill") + 1])
+    except (OSError, ValueError):
+        return 0
+
+
+class Signals:
+    """Hands SIGTERM and Ctrl-C on to the notebook's kernel, which keeps a checkpoint and stops; the
+    second of a kind ends it at once.
+
+    A kernel is no member of the terminal's group of processes, so it gets neither by itself.
+    """
+
+    def __init__(self) -> None:
+        self.got: int | None = None
+        for one in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(one, self._hand_on)
+
+    def _hand_on(self, signum: int, frame) -> None:
+        again, self.got = self.got == signum, signum
+        kernels = [p for p in psutil.Process().children() if "ipykernel_launcher" in p.cmdline()]
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGKILL if again else signum)
+        if not kernels:
+            raise KeyboardInterrupt
+
+    @property
+    def name(self) -> str:
+        return "Ctrl-C" if self.got == signal.SIGINT else "SIGTERM"
+
+    def end(self, message: str) -> None:
+        """End the command with the code that tells a stop from a failure."""
+        print(f"\n{message}", file=sys.stderr)
+        sys.exit(CTRL_C if self.got == signal.SIGINT else STOPPED)
 
 
 def summary(cfg: Config) -> str:
@@ -115,16 +178,40 @@ def summary(cfg: Config) -> str:
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)  # mistakes show before a kernel starts
     overrides = parse_overrides(args.overrides)
-    if args.resume:
-        overrides["resume_from_checkpoint"] = checkpoint(cfg)
-        print(f"going on from {overrides['resume_from_checkpoint']}")
-    start = time.monotonic()
+    settle(cfg, resume=args.resume, overwrite=args.overwrite)
+    if cfg.dpo.resume_from_checkpoint:
+        overrides["resume_from_checkpoint"] = cfg.dpo.resume_from_checkpoint
+    start, kills, signals = time.monotonic(), out_of_memory_kills(), Signals()
+    notebook = cfg.run_dir / "notebook.ipynb"
     try:
         execute(cfg, args.config, overrides)
+    except KeyboardInterrupt:
+        signals.end(f"stopped by {signals.name} before the notebook ran. {kept(cfg)}")
     except PapermillExecutionError as error:
-        put_error_on_top(cfg, error)
-        print(f"\nThe notebook failed in cell {error.exec_count}: {error.ename}: {error.evalue}")
-        sys.exit(f"Its output so far, the error at the top: {cfg.run_dir / 'notebook.ipynb'}")
+        said = error.evalue if error.ename != "KeyboardInterrupt" else f"by Ctrl-C. {kept(cfg)}"
+        if signals.got:
+            put_on_top(cfg, f"The run was stopped in cell {error.exec_count}", said)
+            signals.end(said if error.ename == "Stopped" else f"stopped: {said}")
+        helps = "" if error.ename in CLEAR else f"\n{kept(cfg)}."
+        put_on_top(
+            cfg, f"The run failed in cell {error.exec_count}", f"{error.ename}: {said}{helps}"
+        )
+        print(f"\nThe notebook failed in cell {error.exec_count}: {error.ename}: {said}{helps}")
+        sys.exit(f"Its output so far, the error at the top: {notebook}")
+    except RuntimeError as error:
+        # What a kernel that dies gives: the second while it starts.
+        if not isinstance(error, DeadKernelError) and "died" not in str(error):
+            raise
+        if signals.got:
+            said = f"stopped by {signals.name}, not in the training. {kept(cfg)}"
+            if notebook.exists():
+                put_on_top(cfg, "The run was stopped", said)
+            signals.end(said)
+        if not notebook.exists():
+            raise
+        said = kernel_died(cfg, kills)
+        put_on_top(cfg, "The kernel was killed", said)
+        sys.exit(f"\nerror: {said}\nIts output so far, with this at the top: {notebook}")
     print(summary(cfg))
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.")
 

@@ -2,6 +2,9 @@
 
     python -m scripts.training --config configs/smollm2-135m-cpu.yaml
 
+The same command goes on with a run that was stopped. Exit codes: 0, trained and saved; 75, stopped
+by SIGTERM, a checkpoint is kept; 130, the same by Ctrl-C; 1 or 2, an error.
+
 The notebook takes the same steps one by one, and then looks at what came of them.
 """
 
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,15 +29,21 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl import DPOTrainer, get_peft_config
 
 from scripts.adapter import save_adapter
+from scripts.checkpoints.identity import settings
+from scripts.checkpoints.keeper import Keeper
 from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
 from scripts.login import hub_login
 from scripts.model import load_model, load_tokenizer, resolve_model
-from scripts.monitoring.folder import start_run
+from scripts.monitoring.folder import settle, start_run
 from scripts.monitoring.steps import RunLog
 from scripts.monitoring.tracking import finish_wandb, start_wandb
 from scripts.sharing.compiler import use_torch_head_without_compiler
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
+
+
+class SharedKeeper(Keeper, PrefixSharedDPOTrainer):
+    """Prefix sharing, and no finished step lost."""
 
 
 @dataclass
@@ -71,7 +81,8 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     pairs: DatasetDict,
 ) -> DPOTrainer:
-    """TRL's trainer over `model` with a fresh LoRA adapter; with `prefix_sharing`, our subclass.
+    """TRL's trainer over `model` with a fresh LoRA adapter, which keeps what it has trained
+    (`Keeper`); with `prefix_sharing`, each prompt runs once.
 
     The plain model and the adapter's config go in apart, so TRL makes no second copy of anything:
     its reference log-probabilities come from this same model with the adapter switched off.
@@ -83,8 +94,9 @@ def build_trainer(
     remark = use_torch_head_without_compiler(cfg.dpo.device)
     if remark and cfg.is_main_process:
         print(remark)
+    kept = settings(cfg)  # before TRL completes the arguments in place
     shared = {"prefix_attention": cfg.recipe.prefix_attention}
-    make = partial(PrefixSharedDPOTrainer, **shared) if cfg.recipe.prefix_sharing else DPOTrainer
+    make = partial(SharedKeeper, **shared) if cfg.recipe.prefix_sharing else Keeper
     trainer = make(
         model=model,
         ref_model=load_model(cfg, model.config.name_or_path) if second else None,
@@ -94,6 +106,7 @@ def build_trainer(
         eval_dataset=pairs["test"],
         peft_config=get_peft_config(cfg.model),
     )
+    trainer.settings, trainer.loader_timeout = kept, cfg.recipe.loader_timeout
     keep_adapter_in_float32(trainer.model)
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
@@ -117,9 +130,11 @@ def keep_adapter_in_float32(model: torch.nn.Module) -> None:
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
     if cfg.is_main_process:
+        settle(cfg, resume=args.resume, overwrite=args.overwrite)
         hub_login(cfg.model.model_name_or_path, cfg.model.model_revision)
         start_run(cfg)
         print(start_wandb(cfg))
+    (cfg.dpo.resume_from_checkpoint,) = broadcast_object_list([cfg.dpo.resume_from_checkpoint])
     run = assemble(cfg)
     run.trainer.train(resume_from_checkpoint=cfg.dpo.resume_from_checkpoint)
     adapter = save_adapter(run.trainer, cfg)

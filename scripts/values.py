@@ -38,6 +38,7 @@ RANGES = {
     "eval_samples": Count,
     "eval_prompts": Count,
     "side_prompts": Interval(ge=0),
+    "loader_timeout": Count,
     "score_margin": NotNegative,
     "test_split_size": Interval(gt=0, lt=1),
     "max_new_tokens": Interval(ge=1, le=131_072),

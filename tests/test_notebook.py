@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -79,11 +80,13 @@ def test_the_notebook_runs_with_papermill(tmp_path):
     assert "step    3/3" in done.stdout
     executed = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
     assert not [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
-    more = [*options, "--set", "max_steps=4", "--resume"]
-    again = run("--output-dir", str(tmp_path / "run"), *more)
+    refused = run("--output-dir", str(tmp_path / "run"), *options)
+    assert refused.returncode == 1 and "holds a finished run" in refused.stderr
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")  # as if it had been killed before
+    again = run("--output-dir", str(tmp_path / "run"), *options, "--resume")
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert f"going on from {tmp_path / 'run' / 'checkpoint-3'}" in again.stdout
-    assert "step    4/4" in again.stdout and "step    3/4" not in again.stdout
+    assert f"going on from {tmp_path / 'run' / 'checkpoint-2'}" in again.stdout
+    assert "step    3/3" in again.stdout and "step    2/3" not in again.stdout
 
 
 @pytest.mark.slow
@@ -103,7 +106,7 @@ def test_the_notebook_on_data_runs_with_papermill(tmp_path):
 def test_resume_without_a_checkpoint_is_one_line(tmp_path):
     done = run("--output-dir", str(tmp_path / "run"), "--resume")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: --resume: no checkpoint in")
+    assert done.stderr.startswith("error: --resume: no whole checkpoint in")
 
 
 @pytest.mark.slow

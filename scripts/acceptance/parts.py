@@ -165,7 +165,8 @@ def end_to_end(run: Context) -> list[Row]:
         few |= {"eval_prompts": 2, "max_new_tokens": 8, "max_steps": 3, "train_samples": 24}
         few |= {"eval_samples": 4, "loss_type": ["sigmoid"], "loss_weights": None}
     folder = run.folder / "run"
-    call = ["--config", run.config, "--output-dir", str(folder.resolve()), *run.settings(**few)]
+    call = ["--config", run.config, "--output-dir", str(folder.resolve()), "--overwrite"]
+    call += run.settings(**few)
     said = run.command(part, "scripts.run", *call, most=1000)
     minutes = float(re.findall(r"Done in ([\d.]+) minutes", said)[-1])
     rows = [] if run.cuda else [Row(part, "the short 8B config", "open", note=NO_GPU)]

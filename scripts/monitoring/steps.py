@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
+from scripts.checkpoints.store import write_whole
+
 
 class RunLog(TrainerCallback):
     """Write every log to `metrics.jsonl`, print it as one line, and redraw the live figure."""
@@ -21,9 +23,11 @@ class RunLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if state.global_step == 0:  # a resumed run goes on with the file it has
-                self.path.write_text("")
+            # A resumed run takes the log that its checkpoint holds: the file may have later steps,
+            # half a line, or none. The summaries of earlier endings are left out.
+            rows = [log for log in state.log_history if "train_runtime" not in log]
+            lines = [json.dumps({"step": log["step"], **log}) + "\n" for log in rows]
+            write_whole(self.path, "".join(lines))
         self._began, self._first = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
