@@ -37,6 +37,7 @@ from scripts.generation import Reply, generate_replies
 from scripts.measures.statistics import AIMS, DRAWS, bootstrap
 from scripts.measures.text import are_facts, fact_recall, repeated_ngram_share
 from scripts.model import load_model
+from scripts.pairs.report import length_bias
 from scripts.pairs.tokens import template_options
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
@@ -168,7 +169,34 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
     logps = pair_logps(trainer, tokens, max_length=cfg.dpo.max_length)
     # Not `test`'s own: the trainer leaves pairs out whose prompt alone is as long as `max_length`.
     keys = [json.dumps(prompt) for prompt in trainer.eval_dataset["prompt"]]
-    return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta), keys), frame
+    chosen, rejected = implicit_rewards(logps, trainer.beta)
+    figures = _figures(cfg, frame, chosen, rejected, keys)
+    figures["length"] = length_follows(tokens, chosen - rejected, cfg.dpo.max_length)
+    return figures, frame
+
+
+def length_follows(rows: list[dict], margins: np.ndarray, max_length: int | None) -> dict:
+    """How far length alone tells tokenised pairs apart, and how far their `margins` follow it.
+
+    Returns `rule` (`shorter` or `longer`: the answer that wins more often), `rule_accuracy`, and
+    `margin_correlation`, that of the margins with the tokens by which the rejected answer is the
+    longer; None where one of them does not vary. Answers are cut at `max_length`, as in training.
+    """
+    limit = max_length or np.inf
+    prompt, *answers = (
+        np.array([len(row[f"{part}_ids"]) for row in rows], float)
+        for part in ("prompt", "chosen", "rejected")
+    )
+    chosen, rejected = (np.minimum(tokens, limit - prompt) for tokens in answers)
+    bias = length_bias(np.stack([prompt, chosen, rejected], 1))
+    varies = len(rows) > 1 and np.ptp(margins) > 0 and np.ptp(rejected - chosen) > 0
+    return {
+        "rule": "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter",
+        "rule_accuracy": bias["length_rule_accuracy"],
+        "margin_correlation": (
+            float(np.corrcoef(margins, rejected - chosen)[0, 1]) if varies else None
+        ),
+    }
 
 
 def restore_reference(trainer: DPOTrainer, cfg: Config) -> None:

@@ -15,7 +15,7 @@ from scripts.cli import COMMANDS, ROOT
 ORDER = [
     "cli", "config", "measures", "pairs.reading", "plots", "monitoring", "login", "model",
     "generation", "pairs.building", "data", "sharing", "adapter", "training", "planning",
-    "preflight", "evaluate", "export", "plan", "benchmark", "run",
+    "preflight", "evaluate", "doctor", "lessons", "export", "plan", "benchmark", "run",
     "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {"scripts.pairs.build", "scripts.pairs.judges"}  # the part of pairs that needs a model
