@@ -29,7 +29,7 @@ def test_by_hand_is_what_trl_says(tiny_trainer, sharing, max_steps):
     if max_steps:
         trainer.train()
     hand, trl = byhand.by_hand(trainer, pair(trainer)), byhand.by_trl(trainer, pair(trainer))
-    table = byhand.side_by_side(hand, trl, trainer.loss_types, trainer.loss_weights)
+    table = byhand.against_trl(hand, trl, trainer.loss_types, trainer.loss_weights)
     assert set(table) == set(trl)
     for name, (mine, theirs) in table.items():
         assert mine == pytest.approx(theirs, abs=2e-4), name

@@ -146,7 +146,7 @@ def by_trl(trainer: DPOTrainer, row: dict) -> dict[str, float]:
     }
 
 
-def side_by_side(
+def against_trl(
     hand: ByHand, trl: dict[str, float], types: list[str], weights: list[float]
 ) -> dict:
     """The same figures by hand and by TRL: {name: (by hand, TRL)}."""
