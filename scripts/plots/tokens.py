@@ -45,7 +45,7 @@ def coloured_answers(rows: dict[str, tuple[Sequence[str], Sequence[float]]], sca
         '<div style="text-align:left;line-height:1.8;max-width:60em">'
         "<p>log π − log π<sub>ref</sub> of each token: "
         + _token(" more probable than before ", scale, scale)
-        + " "
+        + " · "
         + _token(" less probable ", -scale, scale)
         + f" (strongest at {scale:g} nats; hold the pointer over a token for its number)</p>"
     ]
