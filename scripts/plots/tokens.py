@@ -29,7 +29,7 @@ def _token(text: str, ratio: float, scale: float) -> str:
     colour, line = (BLUE, "solid") if ratio > 0 else (VERMILLION, "dotted")
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     style = (
-        f"background:rgba({red},{green},{blue},{STRONGEST * strength:.2f});"
+        f"background-color:rgba({red},{green},{blue},{STRONGEST * strength:.2f});"
         f"border-bottom:2px {line} {colour}"
     )
     return f'<span title="{ratio:+.2f} nats" style="{style}">{shown}</span>'
