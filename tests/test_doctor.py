@@ -6,12 +6,13 @@ import string
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import explicit, write_jsonl
 
 from scripts.cli import ROOT, RecipeError
 from scripts.doctor import diagnose, read_run, report
-from scripts.evaluate import evaluate, save_evaluation
+from scripts.evaluate import evaluate, length_follows, save_evaluation
 from scripts.training import assemble
 
 DRAW = random.Random(0)
@@ -26,10 +27,15 @@ def same_length():
     return explicit(words(5), words(6, "aeiou"), words(6, "bcdfg"))
 
 
-def nearly_alike():
-    """Answers alike but for their last letter: pushing one down takes the other along."""
-    start = words(30)
-    return explicit(words(5), f"{start}a", f"{start}b")
+def same_letters():
+    """Answers of the same two letters, the rejected half as long again: a margin is to be had by
+    making both letters improbable, in the chosen answer too."""
+    return explicit(words(5), words(10, "ab"), words(15, "ab"))
+
+
+def overlapping():
+    """Chosen answers have more of some letters, rejected of others; not every pair tells."""
+    return explicit(words(5), words(8, "aaabbcd"), words(8, "abccddd"))
 
 
 def by_length():
@@ -78,11 +84,11 @@ def test_a_run_that_overflows_is_called_nan_and_nothing_else(trained):
 def test_three_steps_tell_nothing(trained):
     (finding,) = diagnose(read_run(trained(same_length, evaluated=False, max_steps=3)))
     assert finding.name == "too few steps"
-    assert finding.evidence.startswith("3 logs up to step 3")
+    assert finding.evidence.startswith("3 logs to step 3")
 
 
-def test_alike_answers_drag_the_chosen_down(trained):
-    folder = trained(nearly_alike, learning_rate=3e-3, max_steps=30)
+def test_answers_of_the_same_letters_fall_together(trained):
+    folder = trained(same_letters, learning_rate=3e-3, max_steps=30)
     finding = next(f for f in diagnose(read_run(folder)) if f.name == "chosen reward falls")
     assert "loss_type: [sigmoid, sft]" in finding.change
     assert "times less probable" in finding.evidence
@@ -90,12 +96,12 @@ def test_alike_answers_drag_the_chosen_down(trained):
 
 def test_an_sft_term_holds_them_up(trained):
     cure = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
-    folder = trained(nearly_alike, learning_rate=3e-3, max_steps=30, **cure)
+    folder = trained(same_letters, learning_rate=3e-3, max_steps=30, **cure)
     assert "chosen reward falls" not in names(folder)
 
 
 def test_a_step_too_large_is_a_leap(trained):
-    folder = trained(same_length, learning_rate=0.5, lr_scheduler_type="constant")
+    folder = trained(by_length, learning_rate=0.5, lr_scheduler_type="constant")
     finding = next(f for f in diagnose(read_run(folder)) if f.name == "margin in one leap")
     assert "learning_rate: 0.1," in finding.change
 
@@ -126,7 +132,7 @@ def test_a_learning_rate_of_nearly_nothing_teaches_nothing(trained):
 
 def test_a_gentle_run_is_steady(trained):
     cure = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
-    folder = trained(same_length, learning_rate=1e-3, max_steps=15, **cure)
+    folder = trained(overlapping, learning_rate=1e-3, **cure)
     assert names(folder) == ["steady"]
 
 
@@ -157,3 +163,17 @@ def test_the_command_prints_it_and_names_what_is_missing(trained, tmp_path):
     (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
     with pytest.raises(RecipeError, match="line 1 is not JSON"):
         list(report(folder))
+
+
+def test_length_is_counted_as_training_cuts_it():
+    rows = [
+        {"prompt_ids": [0] * 4, "chosen_ids": [0] * c, "rejected_ids": [0] * r}
+        for c, r in ((1, 2), (1, 5), (3, 3), (6, 60))
+    ]
+    margins = np.array([1.0, 4.0, 0.0, 0.0])
+    cut = length_follows(rows, margins, max_length=10)
+    assert cut["rule"] == "shorter"
+    assert cut["rule_accuracy"] == pytest.approx(0.75)  # two of two, and two ties
+    assert cut["margin_correlation"] == pytest.approx(1.0)
+    assert length_follows(rows, margins, max_length=None)["margin_correlation"] < 0.5
+    assert length_follows(rows, np.zeros(4), None)["margin_correlation"] is None
