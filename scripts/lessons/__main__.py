@@ -27,9 +27,9 @@ def main(args: argparse.Namespace) -> None:
     overrides = parse_overrides(args.overrides)
     if args.output_dir:
         overrides["output_dir"] = args.output_dir
-    results = run_arms(args.config, overrides, size, args.arms)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    for results in run_arms(args.config, overrides, size, args.arms):
+        args.out.write_text(json.dumps(results) + "\n")  # what is done is kept
     print(
         f"\nkept in {args.out}; replies of the base model: {results['base']['length']:.0f} tokens"
     )

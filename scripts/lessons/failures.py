@@ -7,6 +7,7 @@ What is compared is small on purpose; the arms show a direction, not a size.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,11 +53,11 @@ ARMS = {
 class Size:
     """How large the runs are: pairs trained on and held out, passes, prompts replied to."""
 
-    pairs: int = 48
-    held_out: int = 32
+    pairs: int = 32
+    held_out: int = 24
     epochs: int = 2
-    prompts: int = 16
-    max_new_tokens: int = 128
+    prompts: int = 12
+    max_new_tokens: int = 96
 
 
 def pick_pairs(pairs: DatasetDict, tokenizer, size: Size, balanced: bool, seed: int) -> DatasetDict:
@@ -71,8 +72,10 @@ def pick_pairs(pairs: DatasetDict, tokenizer, size: Size, balanced: bool, seed: 
     return DatasetDict({"train": train.select(sorted(rows.tolist())), "test": test})
 
 
-def run_arms(config: str, overrides: dict, size: Size, names: list[str] | None = None) -> dict:
-    """Train every arm and measure it; the result is plain data, kept as `lessons.json`.
+def run_arms(
+    config: str, overrides: dict, size: Size, names: list[str] | None = None
+) -> Iterator[dict]:
+    """Train every arm and measure it; yields the results so far, plain data, after each.
 
     Rewards and margins are in nats, lengths in tokens, `chosen` and `rejected` log-ratios
     log pi(y|x) - log pi_ref(y|x) of whole held-out answers.
@@ -100,9 +103,9 @@ def run_arms(config: str, overrides: dict, size: Size, names: list[str] | None =
         result["seconds"] = round(time.monotonic() - started, 1)
         results["arms"][name] = result
         print(f"{name}: {result['seconds']:.0f} s, {in_a_line(result)}", flush=True)
+        yield results
         del trainer
         free_memory()
-    return results
 
 
 def _settings(cfg: Config, size: Size, name: str) -> dict:
