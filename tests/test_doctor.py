@@ -35,7 +35,7 @@ def same_letters():
 
 def overlapping():
     """Chosen answers have more of some letters, rejected of others; not every pair tells."""
-    return explicit(words(5), words(8, "aaabbcd"), words(8, "abccddd"))
+    return explicit(words(5), words(4, "aaabbc"), words(4, "abbccc"))
 
 
 def by_length():
@@ -101,7 +101,7 @@ def test_an_sft_term_holds_them_up(trained):
 
 
 def test_a_step_too_large_is_a_leap(trained):
-    folder = trained(by_length, learning_rate=0.5, lr_scheduler_type="constant")
+    folder = trained(same_length, learning_rate=0.5, lr_scheduler_type="constant", beta=1.0)
     finding = next(f for f in diagnose(read_run(folder)) if f.name == "margin in one leap")
     assert "learning_rate: 0.1," in finding.change
 
