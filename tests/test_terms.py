@@ -33,9 +33,9 @@ def test_a_loss_of_one_term_has_no_second_name(tiny_run):
 
 def test_ties_count_half(tiny_run, tmp_path):
     """Of four pairs one stays a tie for ever: `max_length` leaves its answers alike."""
-    for split, mark in (("train", "?"), ("test", "!")):
-        rows = [explicit(f"Why {c}{mark}", f"{c} is so", f"no {c}") for c in "abc"]
-        rows.append(explicit(f"Why d{mark}", "yes yes yes A", "yes yes yes B"))
+    for split, word in (("train", "Why"), ("test", "How")):
+        rows = [explicit(f"{word} {c}?", f"{c} is so", f"no {c}") for c in "abc"]
+        rows.append(explicit(f"{word} d?", "yes yes yes A", "yes yes yes B"))
         write_jsonl(tmp_path / "ties" / f"{split}.jsonl", rows)
     trainer, cfg = tiny_run(dataset_name=str(tmp_path / "ties"), max_steps=6, max_length=200,
                             per_device_train_batch_size=4, on_bad_rows="error")  # fmt: skip
