@@ -30,6 +30,8 @@ COMMANDS = {
     "evaluate": "measure a finished run's tuned model against its base model",
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
     "repeat": "repeat a run from its folder, and compare figure by figure",
+    "doctor": "say in words what happened in a finished run, with the evidence and what to try",
+    "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
     "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
     "launchable": "check, render, create and update the Brev launchable",
@@ -145,6 +147,8 @@ def argument_parser(name: str, **more) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         **more,
     )
+    if name in WITHOUT_CONFIG:
+        return parser
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="the run's YAML file")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
@@ -152,6 +156,9 @@ def argument_parser(name: str, **more) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--output-dir", help="the run folder (default: the config's)")
     return parser
+
+
+WITHOUT_CONFIG = ("doctor",)  # takes a finished run's folder
 
 
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -245,6 +252,21 @@ def _benchmark(parser: argparse.ArgumentParser) -> None:
     add("--child", help=argparse.SUPPRESS)  # one measurement, in a process of its own
 
 
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="outputs/<run name>")
+
+
+def _lessons(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write")
+    add("--arms", nargs="*", help="only these: sigmoid, sft, norm, balanced")
+    add("--pairs", type=int, default=32, help="pairs to train on")
+    add("--held-out", type=int, default=24, help="held-out pairs to score")
+    add("--epochs", type=int, default=2, help="passes over the pairs")
+    add("--prompts", type=int, default=12, help="held-out prompts to reply to")
+    add("--max-new-tokens", type=int, default=96, help="cap on a reply")
+
+
 def _acceptance(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     parser.set_defaults(config=None)  # the short 8B config on a GPU, else the default
@@ -259,6 +281,8 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "training": _run,
     "plan": _plan,
     "data build": _build,
+    "doctor": _doctor,
+    "lessons": _lessons,
     "benchmark": _benchmark,
     "acceptance": _acceptance,
 }

@@ -131,7 +131,7 @@ def token_lengths(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> pd.Data
     return pd.DataFrame({side: [len(row[f"{side}_ids"]) for row in rows] for side in SIDES})
 
 
-def length_bias(lengths: pd.DataFrame) -> str:
+def length_lesson(lengths: pd.DataFrame) -> str:
     """How far length alone tells the chosen answers from the rejected ones, in a sentence."""
     gap = lengths["chosen"] - lengths["rejected"]
     shorter = (gap < 0).mean() + (gap == 0).mean() / 2

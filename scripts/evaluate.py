@@ -38,6 +38,7 @@ from scripts.measures.statistics import DRAWS, aims_of, bootstrap
 from scripts.measures.text import repeated_ngram_share
 from scripts.measures.winrate import length_controlled
 from scripts.model import free_memory, load_model
+from scripts.pairs.report import length_bias
 from scripts.probes import Probe, main_probe, side_probes
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
@@ -171,7 +172,10 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
         name: compared(_ask_both(trainer, cfg, side, label=name)[0])
         for name, side in side_probes(cfg).items()
     }
-    return _figures(cfg, frame, *implicit_rewards(logps, trainer.beta), keys, beside), frame
+    chosen, rejected = implicit_rewards(logps, trainer.beta)
+    figures = _figures(cfg, frame, chosen, rejected, keys, beside)
+    figures["length"] = length_follows(tokens, chosen - rejected, cfg.dpo.max_length)
+    return figures, frame
 
 
 def _ask_both(
@@ -235,6 +239,30 @@ def _ask_baselines(trainer: DPOTrainer, cfg: Config, probe: Probe, frame: pd.Dat
         cut.append(Reply(text, ids, finished=False, prompt_ids=[]))
     _add_measures(frame, "cut", cut, probe)
     frame["cut_finished"] = True  # by the cut
+
+
+def length_follows(rows: list[dict], margins: np.ndarray, max_length: int | None) -> dict:
+    """How far length alone tells tokenised pairs apart, and how far their `margins` follow it.
+
+    Returns `rule` (`shorter` or `longer`: the answer that wins more often), `rule_accuracy`, and
+    `margin_correlation`, that of the margins with the tokens by which the rejected answer is the
+    longer; None where one of them does not vary. Answers are cut at `max_length`, as in training.
+    """
+    limit = max_length or np.inf
+    prompt, *answers = (
+        np.array([len(row[f"{part}_ids"]) for row in rows], float)
+        for part in ("prompt", "chosen", "rejected")
+    )
+    chosen, rejected = (np.minimum(tokens, limit - prompt) for tokens in answers)
+    bias = length_bias(np.stack([prompt, chosen, rejected], 1))
+    varies = len(rows) > 1 and np.ptp(margins) > 0 and np.ptp(rejected - chosen) > 0
+    return {
+        "rule": "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter",
+        "rule_accuracy": bias["length_rule_accuracy"],
+        "margin_correlation": (
+            float(np.corrcoef(margins, rejected - chosen)[0, 1]) if varies else None
+        ),
+    }
 
 
 def restore_reference(trainer: DPOTrainer, cfg: Config) -> None:

@@ -4,19 +4,36 @@ from scripts.plots.benchmark import benchmark
 from scripts.plots.concepts import loss_curve, pipelines
 from scripts.plots.data import data_check, pair_lengths
 from scripts.plots.evaluation import before_after
+from scripts.plots.lessons import (
+    beta_surface,
+    cures,
+    displacement,
+    head_memory,
+    quantization,
+    spectrum,
+)
 from scripts.plots.memory import memory_timeline, plan_memory
-from scripts.plots.style import save
+from scripts.plots.style import described, save
+from scripts.plots.tokens import coloured_answers
 from scripts.plots.training import training_curves
 
 __all__ = [
     "before_after",
     "benchmark",
+    "beta_surface",
+    "coloured_answers",
+    "cures",
     "data_check",
+    "described",
+    "displacement",
+    "head_memory",
     "loss_curve",
     "memory_timeline",
     "pair_lengths",
     "pipelines",
     "plan_memory",
+    "quantization",
     "save",
+    "spectrum",
     "training_curves",
 ]

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from scripts.plots.style import ACCENT, NEUTRAL, REJECTED, STYLE
+from scripts.plots.style import ACCENT, NEUTRAL, REJECTED, STYLE, described
 
 
 def pipelines() -> Figure:
@@ -30,8 +30,8 @@ def pipelines() -> Figure:
             "policy\n(adapter off = reference)",
         ),
     ]
-    figure, axis = plt.subplots(figsize=(9, 3.3))
-    axis.set(xlim=(0, 10.6), ylim=(0.2, 3.6))
+    figure, axis = plt.subplots(figsize=(8, 3.3))
+    axis.set(xlim=(0, 10.9), ylim=(0.5, 3.7))
     axis.axis("off")
     for y, (name, steps, memory) in zip((3, 2, 1), rows, strict=True):
         colour = ACCENT if name == "DPO" else NEUTRAL
@@ -46,18 +46,21 @@ def pipelines() -> Figure:
             if i:
                 arrow = {"arrowstyle": "->", "color": colour}
                 axis.annotate("", (x - 0.04, y), (x - 0.31, y), arrowprops=arrow)
-        axis.text(8.4, y, memory, fontsize=8, va="center", color=colour)
-    axis.text(0.95, 3.5, "learns from, and how", fontsize=8, color=NEUTRAL)
-    axis.text(8.4, 3.5, "models in memory", fontsize=8, color=NEUTRAL)
+        axis.text(8.35, y, memory, fontsize=8.5, va="center", color=colour)
+    axis.text(0.95, 3.5, "learns from, and how", fontsize=8.5, color=NEUTRAL)
+    axis.text(8.35, 3.5, "models in memory", fontsize=8.5, color=NEUTRAL)
     figure.tight_layout()
-    return figure
+    told = "; ".join(
+        f"{name}: {', then '.join(steps)}, with {memory} in memory" for name, steps, memory in rows
+    )
+    return described(figure, f"Three ways to tune a model. {told}.")
 
 
 def loss_curve() -> Figure:
     """The DPO loss and the weight it gives a pair, against the pair's reward margin."""
     margin = np.linspace(-5, 5, 201)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(5.5, 2.9))
+        figure, axis = plt.subplots(figsize=(6.4, 3.1))
         axis.plot(margin, np.log1p(np.exp(-margin)), color=ACCENT, label="loss  −log σ(margin)")
         axis.plot(
             margin,
@@ -67,8 +70,13 @@ def loss_curve() -> Figure:
             label="push on the pair  σ(−margin)",
         )
         axis.plot(0, np.log(2), "o", color=REJECTED)
-        axis.annotate("start: ln 2 ≈ 0.693", (0, np.log(2)), (0.5, 1.5), fontsize=8)
-        axis.set(xlabel="implicit reward margin, chosen − rejected", ylim=(0, 4))
+        axis.annotate("start: ln 2 ≈ 0.693", (0, np.log(2)), (0.5, 1.5), fontsize=8.5)
+        axis.set(xlabel="implicit reward margin, chosen − rejected (nats)", ylim=(0, 4))
+        axis.set_ylabel("loss (nats), weight (0 to 1)")
         axis.legend()
         figure.tight_layout()
-    return figure
+    return described(
+        figure,
+        "The DPO loss falls with the reward margin, from 5 nats at a margin of -5 through ln 2 at "
+        "0 towards 0; the weight of a pair's gradient falls from 1 through one half to 0.",
+    )

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from scripts.plots.style import ACCENT, NEUTRAL, REJECTED, STYLE
+from scripts.plots.style import ACCENT, NEUTRAL, PALETTE, REJECTED, STYLE, described
 
 # As `planning.memory.OUTSIDE_TORCH` has them; plots come before planning.
 OUTSIDE_TORCH = ("runtime", "optimiser, paged")
@@ -20,27 +20,30 @@ def plan_memory(planned: pd.DataFrame) -> Figure:
     """
     parts = planned.drop("peak")
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(9, 2.6))
+        figure, axis = plt.subplots(figsize=(8, 2.8))
         left = np.zeros(len(parts.columns))
-        for part, colour in zip(parts.index, plt.get_cmap("tab20").colors, strict=False):
+        for i, part in enumerate(parts.index):
             size = parts.loc[part].fillna(0).to_numpy()
-            hatch = "////" if part in OUTSIDE_TORCH else None
-            axis.barh(parts.columns, size, 0.62, left=left, color=colour, label=part, hatch=hatch)
+            colour = PALETTE[i % len(PALETTE)]
+            hatch = "////" if part in OUTSIDE_TORCH else (None, "...", "xx")[i // len(PALETTE)]
+            axis.barh(parts.columns, size, 0.62, left=left, color=colour, label=part, hatch=hatch,
+                      ec="white", lw=0.4)  # fmt: skip
             left += size
         for y, total in enumerate(left):
             axis.text(total, y, f" {total:.1f}", va="center", fontsize=8)
         axis.invert_yaxis()
         axis.set(xlabel="GB, planned", xlim=(0, left.max() * 1.08))
         axis.grid(axis="y", visible=False)
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7.5)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
         figure.tight_layout()
-    return figure
+    told = ", ".join(f"{n} {gb:.1f} GB" for n, gb in zip(parts.columns, left, strict=True))
+    return described(figure, f"Planned memory by phase, stacked by part: {told}.")
 
 
 def memory_timeline(frame: pd.DataFrame, kind: str, planned: dict | None = None) -> Figure:
     """Memory in use over the run, in GB, shaded by phase; `planned` peaks as dashed lines."""
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(9, 3))
+        figure, axis = plt.subplots(figsize=(8, 3))
         minutes = frame["seconds"] / 60
         axis.fill_between(minutes, frame["gb"], color=ACCENT, alpha=0.18, lw=0)
         axis.plot(minutes, frame["gb"], color=ACCENT, lw=1.2)
@@ -54,8 +57,10 @@ def memory_timeline(frame: pd.DataFrame, kind: str, planned: dict | None = None)
                 axis.hlines(planned[name], start, end, color=REJECTED, lw=1.2, ls="--")
             if end - start > minutes.max() * 0.03:
                 label = f"{name}\npeak {rows['gb'].max():.1f}"
-                axis.text((start + end) / 2, top, label, ha="center", va="top", fontsize=7.5)
+                axis.text((start + end) / 2, top, label, ha="center", va="top", fontsize=8)
         axis.set(xlabel="minutes", ylabel=f"{kind} (GB)", ylim=(0, top * 1.02))
         axis.set_xlim(0, minutes.max())
         figure.tight_layout()
-    return figure
+    peaks = frame.groupby("phase", sort=False)["gb"].max().items()
+    told = ", ".join(f"{name} {gb:.1f} GB" for name, gb in peaks)
+    return described(figure, f"{kind} over {minutes.max():.1f} minutes; peaks by phase: {told}.")

@@ -5,46 +5,93 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts.plots.style import ACCENT, CHOSEN, NEUTRAL, REJECTED, STYLE
+from scripts.plots.style import (
+    ACCENT,
+    ACCENT_MARK,
+    CHOSEN,
+    CHOSEN_MARK,
+    NEUTRAL,
+    NEUTRAL_MARK,
+    ORANGE,
+    REJECTED,
+    REJECTED_MARK,
+    STYLE,
+    described,
+)
+
+LN2 = float(np.log(2))
+# How near the first DPO loss must be to ln 2 for the line: another loss type starts elsewhere.
+NEAR_LN2 = 0.05
 
 
 def training_curves(history: pd.DataFrame) -> Figure:
-    """Loss, rewards, margin with accuracy, and learning rate, by optimiser step."""
+    """DPO loss, rewards, margin with accuracy, and the SFT term or learning rate, by step.
+
+    `loss/dpo` and `loss/sft`, where the log has them, are drawn apart; without them the whole loss
+    is. Faint: every log; strong: the running mean of a tenth of them.
+    """
     smooth = history.rolling(max(1, len(history) // 10), min_periods=1).mean()
     with plt.rc_context(STYLE):
-        figure, ((loss, rewards), (margin, rate)) = plt.subplots(2, 2, figsize=(9, 5), sharex=True)
+        figure, ((loss, rewards), (margin, last)) = plt.subplots(
+            2, 2, figsize=(8, 5.2), sharex=True, layout="constrained"
+        )
 
-        def draw(axis, column: str, colour: str, label: str) -> None:
+        def draw(axis: Axes, column: str, colour: str, mark: str, label: str) -> None:
             axis.plot(history.index, history[column], color=colour, alpha=0.3, lw=1)
-            axis.plot(smooth.index, smooth[column], color=colour, lw=1.8, label=label)
+            axis.plot(smooth.index, smooth[column], color=colour, lw=1.8, label=label,
+                      marker=mark, markevery=max(1, len(smooth) // 8))  # fmt: skip
 
-        draw(loss, "loss", ACCENT, "loss")
-        if abs(history["loss"].iloc[0] - np.log(2)) < 0.05:  # the DPO loss and nothing else
-            loss.axhline(np.log(2), color=NEUTRAL, ls=":", label="ln 2: cannot tell them apart")
-        draw(rewards, "rewards/chosen", CHOSEN, "chosen")
-        draw(rewards, "rewards/rejected", REJECTED, "rejected")
+        dpo = "loss/dpo" if "loss/dpo" in history else "loss"
+        draw(loss, dpo, ACCENT, ACCENT_MARK, "DPO term" if dpo != "loss" else "loss")
+        if abs(history[dpo].iloc[0] - LN2) < NEAR_LN2:
+            loss.axhline(LN2, color=NEUTRAL, ls=":", label="ln 2: cannot tell them apart")
+        loss.set_ylabel("nats a pair")
+        draw(rewards, "rewards/chosen", CHOSEN, CHOSEN_MARK, "chosen")
+        draw(rewards, "rewards/rejected", REJECTED, REJECTED_MARK, "rejected")
         rewards.axhline(0, color=NEUTRAL, lw=0.8)
-        draw(margin, "rewards/margins", ACCENT, "margin (left)")
+        rewards.set_ylabel("nats")
+        draw(margin, "rewards/margins", ACCENT, ACCENT_MARK, "margin (left)")
+        margin.set_ylabel("margin (nats)")
         accuracy = margin.twinx()
         accuracy.spines["right"].set_visible(True)
         accuracy.grid(False)
-        draw(accuracy, "rewards/accuracies", NEUTRAL, "accuracy (right)")
-        accuracy.set(ylim=(0, 1.05))
-        rate.plot(history.index, history["learning_rate"], color=ACCENT, label="learning rate")
-        for axis, title in (
-            (loss, "loss"),
-            (rewards, "implicit rewards (nats)"),
+        draw(accuracy, "rewards/accuracies", NEUTRAL, NEUTRAL_MARK, "accuracy (right)")
+        accuracy.set(ylim=(0, 1.05), ylabel="share of pairs")
+        if "loss/sft" in history:
+            draw(last, "loss/sft", ORANGE, "^", "SFT term")
+            last.set_ylabel("nats a token")
+            title = "SFT term: loss on the chosen answers"
+        else:
+            last.plot(history.index, history["learning_rate"], color=ACCENT)
+            last.set_ylabel("per step")
+            title = "learning rate"
+        for axis, text in (
+            (loss, "DPO loss" if dpo != "loss" else "loss"),
+            (rewards, "implicit rewards"),
             (margin, "reward margin and accuracy"),
-            (rate, "learning rate"),
+            (last, title),
         ):
-            axis.set_title(title, loc="left")
+            axis.set_title(text, loc="left")
         handles = [h for a in (margin, accuracy) for h in a.get_legend_handles_labels()[0]]
         margin.legend(handles=handles, loc="lower right")
         loss.legend()
         rewards.legend()
-        margin.set_xlabel("step")
-        rate.set_xlabel("step")
-        figure.tight_layout()
-    return figure
+        margin.set_xlabel("optimiser step")
+        last.set_xlabel("optimiser step")
+    return described(figure, _in_words(history, dpo))
+
+
+def _in_words(history: pd.DataFrame, dpo: str) -> str:
+    """The curves as a screen reader would tell them."""
+    first, last = history.iloc[0], history.tail(max(1, len(history) // 10)).mean()
+    return (
+        f"Four curves over {history.index[-1]} steps. {'DPO term' if dpo != 'loss' else 'Loss'} "
+        f"from {first[dpo]:.2f} to {last[dpo]:.2f} nats; chosen reward from "
+        f"{first['rewards/chosen']:+.2f} to {last['rewards/chosen']:+.2f}, rejected from "
+        f"{first['rewards/rejected']:+.2f} to {last['rewards/rejected']:+.2f}; margin to "
+        f"{last['rewards/margins']:+.2f}; accuracy from {first['rewards/accuracies']:.2f} to "
+        f"{last['rewards/accuracies']:.2f}."
+    )

@@ -26,6 +26,7 @@ from scripts.sharing.support import (
     leak,
     scores,
 )
+from scripts.sharing.terms import note_terms, policy_logps
 
 
 class PartTokens(NamedTuple):
@@ -176,16 +177,29 @@ class PrefixSharedDPOTrainer(DPOTrainer):
             return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        """TRL's, with the reference scored beforehand by the method above."""
+        """TRL's, with the reference scored beforehand by the method above.
+
+        The log gets `loss/dpo` and `loss/sft` where the loss has an SFT term, and its accuracy
+        counts ties half (`sharing.terms`).
+        """
         if self.precompute_ref_logps:
-            return super()._compute_loss(model, inputs, return_outputs)
+            return self._noted_loss(model, inputs, return_outputs)
         scored = self.compute_ref_log_probs(self._reference_model(), inputs)
         self.precompute_ref_logps = True
         try:
             known = dict(zip(reference.COLUMNS, scored, strict=True))
-            return super()._compute_loss(model, {**inputs, **known}, return_outputs)
+            return self._noted_loss(model, {**inputs, **known}, return_outputs)
         finally:
             self.precompute_ref_logps = False
+
+    def _noted_loss(self, model, inputs, return_outputs):
+        """TRL's loss over known reference log-probabilities, and what TRL does not log of it."""
+        if self.args.torch_compile:  # a hook would have the model compiled again at every step
+            return super()._compute_loss(model, inputs, return_outputs)
+        with policy_logps(self.model) as seen:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        note_terms(self, result[0] if return_outputs else result, seen[0], inputs)
+        return result
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """TRL's pass over the reference, longest pairs first; or what an earlier run has kept."""

@@ -1,0 +1,315 @@
+"""Read a run's folder and say in words what happened, with the evidence and what to try.
+
+    python -m scripts.doctor outputs/smollm2-135m-cpu
+
+Looks at `metrics.jsonl`, and at `config.yaml` and `evaluation.json` where they are there. Rewards
+are in nats, as in the log: beta times a log-ratio (DPO paper, arXiv 2305.18290, section 4).
+"""
+
+from __future__ import annotations
+
+from scripts import cli
+
+if __name__ == "__main__":
+    ARGS = cli.parse("doctor")
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+
+from scripts.cli import RecipeError
+
+FEWEST_STEPS = 10  # of fewer logs no trend is told
+# The answers' log-probability, not the reward: how far an answer fell must not depend on beta.
+FALLEN = 2.0  # nats that the chosen answers lost, on average
+FALLEN_SHARE = 0.2  # of the margin; a smaller fall is a side effect
+LEAP_SHARE, LEAP_NATS = 0.5, 1.0  # of the largest margin, between two logs; and at least so much
+EARLY = 0.2  # the first fifth of the run
+ALL_RIGHT = 0.99  # an accuracy of 1, give or take a pair in a hundred
+NO_MARGIN = 0.02  # nats of reward: nothing was learned
+LENGTH_RULE, LENGTH_FOLLOWS = 0.9, 0.7  # accuracy of length alone; correlation of margins with it
+OVERFITTED = 0.2  # accuracy on training pairs above that on held-out ones
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that happened: a name, what it means, the numbers, and the change to try."""
+
+    name: str
+    words: str
+    evidence: str
+    change: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.words}", f"  evidence: {self.evidence}"]
+        return "\n".join(lines + [f"  try:      {self.change}"] * bool(self.change))
+
+
+@dataclass
+class RunFolder:
+    """What a run left behind: its training logs in order, its config, and its evaluation."""
+
+    steps: list[dict]
+    config: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+
+    @property
+    def beta(self) -> float:
+        return float(self.config.get("beta", 0.1))
+
+    @property
+    def learning_rate(self) -> float:
+        return float(
+            self.config.get("learning_rate") or max(s["learning_rate"] for s in self.steps)
+        )
+
+    @property
+    def has_sft(self) -> bool:
+        return "sft" in self.config.get("loss_type", [])
+
+    def column(self, name: str) -> list[float]:
+        return [step[name] for step in self.steps]
+
+    def late(self, name: str) -> float:
+        """The mean of the last fifth of the logs."""
+        values = self.column(name)
+        return fmean(values[-max(1, len(values) // 5) :])
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Read a run's folder.
+
+    Raises:
+        RecipeError: there is no such folder, no log in it, or a file in it is cut off.
+    """
+    folder = Path(folder)
+    log = folder / "metrics.jsonl"
+    if not log.is_file():
+        what = "no log (metrics.jsonl)" if folder.is_dir() else "no such folder"
+        raise RecipeError(f"{folder}: {what}; give a run's folder, outputs/<run name>")
+    rows = []
+    for number, line in enumerate(log.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise RecipeError(f"{log}, line {number} is not JSON; delete that line") from None
+    steps = [row for row in rows if "loss" in row and "rewards/margins" in row]
+    if not steps:
+        raise RecipeError(f"{log} has no training step; let training reach its first log")
+    return RunFolder(steps, _read(folder / "config.yaml"), _read(folder / "evaluation.json"))
+
+
+def _read(path: Path) -> dict:
+    """A YAML or JSON mapping (JSON is YAML too), empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} cannot be read; make it again or delete it")
+    return values
+
+
+def diagnose(run: RunFolder) -> list[Finding]:
+    """What happened, the gravest first; a run without a finding is called `steady`."""
+    if broken := not_finite(run):
+        return [broken]  # every other number is of a model that is none
+    if short := too_few_steps(run):
+        return [short]
+    found = [finding for check in CHECKS if (finding := check(run))]
+    return found or [steady(run)]
+
+
+def not_finite(run: RunFolder) -> Finding | None:
+    """NaN or infinity in a log. transformers keeps them out of `loss`, so all columns are read."""
+    for step in run.steps:
+        bad = [k for k, v in step.items() if isinstance(v, float) and not math.isfinite(v)]
+        if bad:
+            return Finding(
+                "NaN",
+                "the arithmetic broke down; from there on nothing was learned, and the adapter is "
+                "of no use",
+                f"{', '.join(f'{name} is {step[name]}' for name in sorted(bad)[:3])} at step "
+                f"{step['step']}, learning rate {run.learning_rate:g}",
+                f"learning_rate: {run.learning_rate / 10:g} and max_grad_norm: 1.0; bf16: true "
+                "rather than fp16: true",
+            )
+    return None
+
+
+def too_few_steps(run: RunFolder) -> Finding | None:
+    if len(run.steps) >= FEWEST_STEPS:
+        return None
+    few = len(run.steps)
+    return Finding(
+        "too few steps",
+        "no trend can be told from this run",
+        f"{few} log{'s' * (few != 1)} to step {run.steps[-1]['step']}; {FEWEST_STEPS} are needed",
+        "more pairs (train_samples), more num_train_epochs, or a smaller logging_steps",
+    )
+
+
+def chosen_falls(run: RunFolder) -> Finding | None:
+    """Likelihood displacement: Razin et al., arXiv 2410.08847, section 3."""
+    reward, margin = run.late("rewards/chosen"), run.late("rewards/margins")
+    fall = -reward / run.beta
+    if fall < FALLEN or -reward < FALLEN_SHARE * abs(margin):
+        return None
+    cure = (
+        f"learning_rate: {run.learning_rate / 3:.2g}, or a larger weight of sft in loss_weights"
+        if run.has_sft
+        else "loss_type: [sigmoid, sft] with loss_weights: [1.0, 1.0]; else "
+        f"learning_rate: {run.learning_rate / 3:.2g}"
+    )
+    return Finding(
+        "chosen reward falls",
+        "the model unlearns the good answers together with the bad ones; the margin grows because "
+        "the bad ones fall further",
+        f"chosen reward {reward:+.2f} and rejected {run.late('rewards/rejected'):+.2f} at the end: "
+        f"a chosen answer is e^{fall:.1f} times less probable than before",
+        cure,
+    )
+
+
+def leap(run: RunFolder) -> Finding | None:
+    """More than half of the margin between two logs: a step too large, not a lesson learned."""
+    margins = run.column("rewards/margins")
+    jumps = [after - before for before, after in pairwise(margins)]
+    at = max(range(len(jumps)), key=jumps.__getitem__)
+    if jumps[at] < max(LEAP_SHARE * max(map(abs, margins)), LEAP_NATS):
+        return None
+    return Finding(
+        "margin in one leap",
+        "one step decided nearly everything; what followed could only repair it",
+        f"margin {margins[at]:+.2f} at step {run.steps[at]['step']}, {margins[at + 1]:+.2f} at the "
+        f"next log, {max(margins):+.2f} at most",
+        f"learning_rate: {run.learning_rate / 5:.2g}, warmup_steps: a tenth of all steps, "
+        "max_grad_norm: 1.0",
+    )
+
+
+def right_at_once(run: RunFolder) -> Finding | None:
+    accuracies = run.column("rewards/accuracies")
+    early = max(2, math.ceil(EARLY * len(accuracies)))
+    after = fmean(accuracies[early:])
+    if after < ALL_RIGHT:
+        return None
+    first = next(s["step"] for s in run.steps if s["rewards/accuracies"] >= ALL_RIGHT)
+    return Finding(
+        "accuracy at once 1",
+        "the pairs are told apart by something easy; what the later steps taught is not to be seen",
+        f"accuracy {ALL_RIGHT:.2f} or more first at step {first}, {after:.2f} on average after the "
+        "first fifth",
+        "python -m scripts.data check --config ...: does length, a phrase or a format tell them "
+        f"apart? Then harder pairs; else learning_rate: {run.learning_rate / 5:.2g}",
+    )
+
+
+def length_only(run: RunFolder) -> Finding | None:
+    """Held-out margins that follow length: Park et al., arXiv 2403.19159, section 3."""
+    length = run.evaluation.get("length")
+    if not length or length["rule_accuracy"] < LENGTH_RULE:
+        return None
+    follows = length["margin_correlation"]
+    if follows is None or abs(follows) < LENGTH_FOLLOWS:
+        return None
+    return Finding(
+        "length only",
+        "length alone tells the held-out pairs apart, and the margins follow it; whether anything "
+        "else was learned, these pairs cannot show",
+        f'the rule "the {length["rule"]} answer wins" is right in {length["rule_accuracy"]:.2f} of '
+        f"the pairs; margins and length differences correlate by {follows:+.2f}",
+        "pairs of like length, or loss_type: sigmoid_norm with beta: 5.0 or so, and judge the "
+        "replies' content",
+    )
+
+
+def emptier(run: RunFolder) -> Finding | None:
+    """Shorter replies that say less: the whole interval of the change in key facts is below 0."""
+    measures = run.evaluation.get("measures", {})
+    facts, length = measures.get("facts"), measures.get("length")
+    if not facts or facts["change"]["high"] is None or facts["change"]["high"] >= 0:
+        return None
+    return Finding(
+        "emptier replies",
+        "replies mention fewer of the key facts than before",
+        f"key facts {facts['base']['mean']:.2f} before, {facts['tuned']['mean']:.2f} after (change "
+        f"{facts['change']['low']:+.2f} to {facts['change']['high']:+.2f}); length "
+        f"{length['base']['mean']:.0f} to {length['tuned']['mean']:.0f} tokens",
+        "an SFT term (loss_type: [sigmoid, sft]) or a larger weight of it, or a higher beta",
+    )
+
+
+def overfitted(run: RunFolder) -> Finding | None:
+    held_out = run.evaluation.get("reward_accuracy", {}).get("mean")
+    train = run.late("rewards/accuracies")
+    if held_out is None or train - held_out < OVERFITTED:
+        return None
+    return Finding(
+        "learned by heart",
+        "the training pairs are told apart far better than held-out ones",
+        f"accuracy {train:.2f} on the last training pairs, {held_out:.2f} on held-out pairs",
+        "fewer num_train_epochs, more pairs, or a smaller lora_r",
+    )
+
+
+def nothing_learned(run: RunFolder) -> Finding | None:
+    margin = run.late("rewards/margins")
+    if abs(margin) >= NO_MARGIN:
+        return None
+    return Finding(
+        "nothing learned",
+        "the policy is still the reference",
+        f"margin {margin:+.3f} nats at the end, learning rate {run.learning_rate:g}",
+        f"learning_rate: {run.learning_rate * 5:.2g}, or more steps",
+    )
+
+
+def steady(run: RunFolder) -> Finding:
+    return Finding(
+        "steady",
+        "the margin grew step by step and the chosen answers held; read the replies all the same",
+        f"margin {run.late('rewards/margins'):+.2f}, chosen reward "
+        f"{run.late('rewards/chosen'):+.2f}, accuracy {run.late('rewards/accuracies'):.2f} over "
+        f"the last fifth of {len(run.steps)} logs",
+    )
+
+
+CHECKS: tuple[Callable[[RunFolder], Finding | None], ...] = (
+    chosen_falls,
+    leap,
+    right_at_once,
+    length_only,
+    emptier,
+    overfitted,
+    nothing_learned,
+)
+
+
+def report(folder: Path) -> Iterator[str]:
+    """What `python -m scripts.doctor` prints, finding by finding.
+
+    Raises:
+        RecipeError: the folder is no run's.
+    """
+    run = read_run(folder)
+    yield from map(str, diagnose(run))
+    if not run.evaluation:
+        yield "There is no evaluation.json yet: nothing is known of held-out pairs and of replies."
+
+
+def main(args: argparse.Namespace) -> None:
+    print("\n\n".join(report(args.folder)))
+
+
+if __name__ == "__main__":
+    cli.command(main, ARGS)

@@ -1,0 +1,255 @@
+"""The lessons, drawn: beta's surface, DPO that fails and its cures, 4 bits, low rank, the head."""
+
+from __future__ import annotations
+
+from textwrap import fill
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.contour import ContourSet
+from matplotlib.figure import Figure
+
+from scripts.plots.style import (
+    ACCENT,
+    ACCENT_MARK,
+    CHOSEN,
+    CHOSEN_MARK,
+    NEUTRAL,
+    ORANGE,
+    PALETTE,
+    PURPLE,
+    REJECTED,
+    REJECTED_MARK,
+    STYLE,
+    described,
+)
+
+ARM_STYLES = {
+    "sigmoid": (REJECTED, REJECTED_MARK, "-"),
+    "sft": (CHOSEN, CHOSEN_MARK, "--"),
+    "norm": (ACCENT, ACCENT_MARK, "-."),
+    "balanced": (PURPLE, "s", ":"),
+}
+BASE_HATCH = "///"
+LEVELS = (0.05, 0.2, 0.69, 1.5, 3.0)  # nats of loss, a contour each
+
+
+def beta_surface(
+    betas: tuple[float, ...] = (0.05, 0.1, 0.5), points: dict | None = None, reach: float = 30
+) -> Figure:
+    """The DPO loss over the log-ratios of both answers (eq. 7 of the DPO paper), a panel a beta.
+
+    `points` are held-out pairs, `{"chosen": [...], "rejected": [...]}` in nats, as
+    `lessons.json` has them. Every contour runs along the diagonal: the loss does not see how far
+    down both answers went together.
+    """
+    line = np.linspace(-reach, reach, 161)
+    chosen, rejected = np.meshgrid(line, line)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(betas), figsize=(8 if len(betas) > 1 else 4.4, 3.5 if len(betas) > 1 else 3.9),
+            sharey=True, layout="constrained", squeeze=False,
+        )  # fmt: skip
+        for axis, beta in zip(axes[0], betas, strict=True):
+            loss = np.logaddexp(0, -beta * (chosen - rejected))
+            axis.contourf(chosen, rejected, loss, levels=(0, *LEVELS, 99), cmap="cividis_r",
+                          norm=plt.Normalize(0, 4))  # fmt: skip
+            lines = axis.contour(chosen, rejected, loss, levels=LEVELS, colors="black",
+                                 linewidths=0.7)  # fmt: skip
+            _label_contours(axis, lines, beta, reach)
+            if points:
+                dots = {"ms": 4.5, "mfc": ORANGE, "mec": "black", "mew": 0.6}
+                axis.plot(points["chosen"], points["rejected"], "o", **dots)
+            away = {"arrowstyle": "->", "color": "black", "lw": 1.6}
+            axis.annotate("", (-0.55 * reach, -0.55 * reach), (0, 0), arrowprops=away)
+            axis.plot(0, 0, "*", color="white", mec="black", ms=12)
+            axis.set(title=f"beta = {beta:g}", xlabel="chosen log-ratio (nats)",
+                     xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")  # fmt: skip
+            axis.grid(False)
+        axes[0, 0].set_ylabel("rejected log-ratio (nats)")
+    alt = (
+        f"Contours of the DPO loss over the log-ratios of the chosen and the rejected answer, for "
+        f"beta {', '.join(f'{b:g}' for b in betas)}. All contours run along the diagonal; the loss "
+        "falls to the lower right, the faster the higher beta is. The star, where training starts, "
+        "is at ln 2."
+    )
+    alt += " An arrow from it along its contour: both answers fall, the loss stays."
+    return described(figure, alt + (" Dots: held-out pairs after a short run." if points else ""))
+
+
+def _label_contours(axis: Axes, lines: ContourSet, beta: float, reach: float) -> None:
+    """Write each contour's loss on it, off the middle, where it does not touch the one before."""
+    spots, last = [], -np.inf
+    for level in reversed(LEVELS):
+        gap = -np.log(np.expm1(level)) / beta / 2  # where it crosses the other diagonal
+        if abs(gap) < 0.7 * reach and (gap - last > 0.14 * reach or level == 0.69):
+            spots.append((gap + 0.25 * reach, -gap + 0.25 * reach))
+            last = gap
+    for text in axis.clabel(lines, fontsize=8, fmt="%g", manual=spots):
+        text.set_bbox({"fc": "white", "ec": "none", "pad": 0.6, "alpha": 0.85})
+
+
+def displacement(results: dict) -> Figure:
+    """Both answers' log-ratios while training, with and without an SFT term, from `lessons.json`.
+
+    Likelihood displacement: Razin et al., arXiv 2410.08847, section 3.
+    """
+    names = [name for name in ("sigmoid", "sft") if name in results["arms"]]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+        for name in names:
+            arm, (colour, mark, dash) = results["arms"][name], ARM_STYLES[name]
+            steps = arm["steps"]
+            for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
+                ratio = np.array(steps[f"rewards/{side}"]) / arm["beta"]
+                axis.plot(steps["step"], ratio, dash, color=colour, marker=mark, label=arm["title"])
+        for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
+            axis.axhline(0, color=NEUTRAL, lw=0.8)
+            axis.set(xlabel="optimiser step", ylabel="log-ratio (nats an answer)")
+            axis.set_title(f"{side} answers", loc="left")
+        low = min(axis.get_ylim()[0] for axis in axes)
+        high = max(axis.get_ylim()[1] for axis in axes)
+        for axis in axes:
+            axis.set_ylim(low, high)
+        axes[0].legend()
+    told = "; ".join(_arm_in_words(results["arms"][n]) for n in names)
+    return described(figure, f"Log-ratios of chosen and rejected answers by step. {told}.")
+
+
+def _arm_in_words(arm: dict) -> str:
+    chosen, rejected = (np.mean(arm["held_out"][side]) for side in ("chosen", "rejected"))
+    return f"{arm['title']}: on held-out pairs chosen {chosen:+.1f}, rejected {rejected:+.1f} nats"
+
+
+def cures(results: dict) -> Figure:
+    """The arms side by side: held-out log-ratios, how far margins follow length, and replies."""
+    arms = results["arms"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(8, 5.4), layout="constrained")
+        ratios, follow, lengths, shares = axes.flat
+        titles = [fill(arm["title"], 11) for arm in arms.values()]
+        colours = [ARM_STYLES[name][0] for name in arms]
+        x = np.arange(len(arms))
+        for shift, side, colour, hatch in ((-0.2, "chosen", CHOSEN, None),
+                                           (0.2, "rejected", REJECTED, "...")):  # fmt: skip
+            values = [np.mean(a["held_out"][side]) for a in arms.values()]
+            ratios.bar(x + shift, values, 0.38, color=colour, hatch=hatch, ec="white", label=side)
+        ratios.axhline(0, color=NEUTRAL, lw=0.8)
+        ratios.set(ylabel="nats an answer")
+        ratios.set_title("held-out log-ratios", loc="left")
+        ratios.legend()
+        _bars(
+            follow,
+            x,
+            [a["held_out"]["length"]["margin_correlation"] or 0 for a in arms.values()],
+            colours,
+        )
+        follow.set(ylabel="correlation", ylim=(-1, 1.15))
+        follow.axhline(0, color=NEUTRAL, lw=0.8)
+        follow.set_title("margin with length difference", loc="left")
+        base = results["base"]
+        _bars(lengths, x, [a["replies"]["length"] for a in arms.values()], colours, "{:.0f}")
+        lengths.axhline(base["length"], color=NEUTRAL, ls="--", label="base model")
+        lengths.set(ylabel="tokens")
+        lengths.set_title("reply length", loc="left")
+        lengths.legend(loc="lower right", frameon=True)
+        name, title = ("facts", "key facts mentioned")
+        if base["facts"] is None:
+            name, title = "finished", "replies that finish"
+        _bars(shares, x, [a["replies"][name] for a in arms.values()], colours)
+        shares.axhline(base[name], color=NEUTRAL, ls="--", label="base model")
+        shares.set(ylabel="share", ylim=(0, 1.1))
+        shares.set_title(title, loc="left")
+        shares.legend(loc="lower right", frameon=True)
+        for axis in axes.flat:
+            axis.set_xticks(x, titles, fontsize=8)
+            axis.grid(axis="x", visible=False)
+    told = "; ".join(
+        f"{_arm_in_words(a)}, replies of {a['replies']['length']:.0f} tokens" for a in arms.values()
+    )
+    return described(figure, f"{len(arms)} short runs compared. {told}.")
+
+
+def _bars(axis: Axes, x: np.ndarray, values: list, colours: list, form: str = "{:.2f}") -> None:
+    bars = axis.bar(x, values, 0.6, color=colours)
+    axis.bar_label(bars, [form.format(v) for v in values], padding=2, fontsize=8)
+
+
+def quantization(blocks: np.ndarray, levels: dict[str, np.ndarray], errors: dict) -> Figure:
+    """A matrix's weights, each over its block's largest, with the levels of 4-bit formats.
+
+    `blocks` has any shape, values in -1 to 1; `levels` gives each format's by name; `errors` is
+    what `lessons.compression.quantization_errors` returns.
+    """
+    with plt.rc_context(STYLE):
+        figure, (weights, bars) = plt.subplots(
+            1, 2, figsize=(8, 3.4), width_ratios=[1.7, 1], layout="constrained"
+        )
+        weights.hist(blocks.ravel(), np.linspace(-1, 1, 101), color=NEUTRAL, alpha=0.45)
+        top = weights.get_ylim()[1]
+        weights.set_ylim(-0.22 * top, top)
+        weights.set_yticks([tick for tick in weights.get_yticks() if 0 <= tick <= top])
+        looks = (("|", ACCENT, 2.0), ("x", ORANGE, 1.4))
+        for row, ((name, at), (mark, colour, width)) in enumerate(
+            zip(levels.items(), looks, strict=False)
+        ):
+            y = np.full(len(at), -(0.06 + 0.1 * row) * top)
+            weights.plot(at, y, mark, color=colour, ms=10 - 3 * row, mew=width,
+                         label=f"{name}: {len(at)} levels")  # fmt: skip
+        weights.axhline(0, color="black", lw=0.6)
+        weights.set(xlabel="weight / largest of its block of 64", ylabel="weights")
+        weights.set_title("where the weights lie, and the levels", loc="left")
+        weights.legend(loc="upper left")
+        values = [100 * e["error"] for e in errors.values()]
+        drawn = bars.barh(
+            range(len(errors)), values, color=(NEUTRAL, ACCENT, "#00557f")[: len(errors)]
+        )
+        labels = [f"{v:.2f}%, {e['bits']:.2f} bits" for v, e in zip(values, errors.values(),
+                                                                    strict=True)]  # fmt: skip
+        bars.bar_label(drawn, labels, fontsize=8, label_type="center", color="white")
+        names = [name.replace(", ", ",\n").replace("double ", "double\n") for name in errors]
+        bars.set_yticks(range(len(errors)), names)
+        bars.invert_yaxis()
+        bars.set(xlabel="error (% of the weights' size)")
+        bars.set_title("what rounding costs", loc="left")
+        bars.grid(axis="y", visible=False)
+    told = ", ".join(f"{n} {100 * e['error']:.2f}%" for n, e in errors.items())
+    return described(
+        figure,
+        "Histogram of one matrix's weights, bell-shaped around zero; NF4's 16 levels lie close "
+        f"together in the middle, int4's are evenly spaced. Errors: {told}.",
+    )
+
+
+def spectrum(updates: dict[str, np.ndarray]) -> Figure:
+    """Singular values of learned updates, largest first, each over its own largest."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+        for i, (name, values) in enumerate(updates.items()):
+            axis.plot(np.arange(1, len(values) + 1), values / max(values.max(), 1e-30),
+                      color=PALETTE[i], marker="oDv^sPX"[i % 7], label=name)  # fmt: skip
+        axis.set(xlabel="direction", ylabel="singular value / largest", ylim=(0, 1.05))
+        axis.set_title("what LoRA learned: a few directions carry most of it", loc="left")
+        axis.legend()
+    told = ", ".join(f"{n}: the last is {v[-1] / max(v[0], 1e-30):.2f}" for n, v in updates.items())
+    return described(figure, f"Singular values of learned updates fall from 1. {told}.")
+
+
+def head_memory(peaks: dict[str, float], logits_gb: float, tokens: int) -> Figure:
+    """Measured peak memory of scoring answer tokens, by way, in GB; dashed: the logits alone."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(6.4, 1.9), layout="constrained")
+        bars = axis.barh(list(peaks), list(peaks.values()), color=[REJECTED, CHOSEN], height=0.55)
+        bars[0].set_hatch(BASE_HATCH)
+        axis.axvline(logits_gb, color=NEUTRAL, ls="--",
+                     label=f"the logits in float32, {logits_gb:.2f} GB")  # fmt: skip
+        for text in axis.bar_label(bars, [f"{v:.2f} GB" for v in peaks.values()], padding=4):
+            text.set_bbox({"fc": "white", "ec": "none", "pad": 0.6})
+        axis.legend(loc="lower right")
+        axis.invert_yaxis()
+        axis.margins(x=0.18)
+        axis.set(xlabel=f"GB at the peak, {tokens} tokens, forward and backward")
+        axis.grid(axis="y", visible=False)
+    told = ", ".join(f"{way} {value:.2f} GB" for way, value in peaks.items())
+    return described(figure, f"Peak memory of the head: {told}.")

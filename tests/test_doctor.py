@@ -1,0 +1,179 @@
+"""The run doctor, on short trainings that really went wrong, each in its own way."""
+
+import json
+import random
+import string
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import explicit, write_jsonl
+
+from scripts.cli import ROOT, RecipeError
+from scripts.doctor import diagnose, read_run, report
+from scripts.evaluate import evaluate, length_follows, save_evaluation
+from scripts.training import assemble
+
+DRAW = random.Random(0)
+
+
+def words(count, letters=string.ascii_lowercase):
+    return "".join(DRAW.choice(letters) for _ in range(count))
+
+
+def same_length():
+    """Answers of one length, chosen ones of vowels: what tells them apart is their text."""
+    return explicit(words(5), words(6, "aeiou"), words(6, "bcdfg"))
+
+
+def same_letters():
+    """Answers of the same two letters, the rejected half as long again: a margin is to be had by
+    making both letters improbable, in the chosen answer too."""
+    return explicit(words(5), words(10, "ab"), words(15, "ab"))
+
+
+def overlapping():
+    """Chosen answers have more of some letters, rejected of others; not every pair tells."""
+    return explicit(words(5), words(4, "aaabbc"), words(4, "abbccc"))
+
+
+def by_length():
+    """Answers of the same letters, the rejected one longer, by more or less."""
+    return explicit(words(5), words(DRAW.randint(3, 6)), words(DRAW.randint(8, 50)))
+
+
+def coin():
+    """Answers with nothing to learn that holds for others."""
+    return explicit(words(5), words(6), words(6))
+
+
+@pytest.fixture
+def trained(tiny_cfg, tmp_path):
+    """Trains on 16 pairs that `make` draws, evaluates on 16 more, and gives the run's folder."""
+
+    def run(make, evaluated=True, **overrides):
+        DRAW.seed(0)
+        for split in ("train", "test"):
+            write_jsonl(tmp_path / "data" / f"{split}.jsonl", [make() for _ in range(16)])
+        settings = {"dataset_name": str(tmp_path / "data"), "max_steps": 20, "max_new_tokens": 2}
+        settings |= {"per_device_train_batch_size": 4, "eval_prompts": 2, "learning_rate": 1e-3}
+        cfg = tiny_cfg(**settings | overrides)
+        cfg.save(cfg.run_dir / "config.yaml")
+        run = assemble(cfg)
+        run.trainer.train()
+        if evaluated:
+            save_evaluation(*evaluate(run.trainer, cfg, run.pairs["test"]), cfg.run_dir)
+        return cfg.run_dir
+
+    return run
+
+
+def names(folder):
+    return [finding.name for finding in diagnose(read_run(folder))]
+
+
+def test_a_run_that_overflows_is_called_nan_and_nothing_else(trained):
+    folder = trained(same_length, evaluated=False, learning_rate=1e30, max_grad_norm=0.0)
+    (finding,) = diagnose(read_run(folder))
+    assert finding.name == "NaN"
+    assert "nan at step" in finding.evidence or "inf at step" in finding.evidence
+    assert "learning_rate: 1e+29" in finding.change
+
+
+def test_three_steps_tell_nothing(trained):
+    (finding,) = diagnose(read_run(trained(same_length, evaluated=False, max_steps=3)))
+    assert finding.name == "too few steps"
+    assert finding.evidence.startswith("3 logs to step 3")
+
+
+def test_answers_of_the_same_letters_fall_together(trained):
+    folder = trained(same_letters, learning_rate=3e-3, max_steps=30)
+    finding = next(f for f in diagnose(read_run(folder)) if f.name == "chosen reward falls")
+    assert "loss_type: [sigmoid, sft]" in finding.change
+    assert "times less probable" in finding.evidence
+
+
+def test_an_sft_term_holds_them_up(trained):
+    cure = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+    folder = trained(same_letters, learning_rate=3e-3, max_steps=30, **cure)
+    assert "chosen reward falls" not in names(folder)
+
+
+def test_a_step_too_large_is_a_leap(trained):
+    folder = trained(same_length, learning_rate=0.5, lr_scheduler_type="constant", beta=1.0)
+    finding = next(f for f in diagnose(read_run(folder)) if f.name == "margin in one leap")
+    assert "learning_rate: 0.1," in finding.change
+
+
+def test_easy_pairs_are_right_at_once(trained):
+    folder = trained(same_length, learning_rate=1e-2)
+    found = names(folder)
+    assert "accuracy at once 1" in found
+    assert "length only" not in found  # they are all of one length
+
+
+def test_margins_that_follow_length_are_length_only(trained):
+    folder = trained(by_length, learning_rate=1e-3)
+    finding = next(f for f in diagnose(read_run(folder)) if f.name == "length only")
+    assert 'the rule "the shorter answer wins" is right in 1.00' in finding.evidence
+    assert "sigmoid_norm" in finding.change
+
+
+def test_pairs_by_chance_are_learned_by_heart(trained):
+    assert "learned by heart" in names(trained(coin, learning_rate=5e-3, max_steps=40))
+
+
+def test_a_learning_rate_of_nearly_nothing_teaches_nothing(trained):
+    (finding,) = diagnose(read_run(trained(coin, learning_rate=1e-9)))
+    assert finding.name == "nothing learned"
+    assert "learning_rate: 5e-09" in finding.change
+
+
+def test_a_gentle_run_is_steady(trained):
+    cure = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
+    folder = trained(overlapping, learning_rate=1e-3, **cure)
+    assert names(folder) == ["steady"]
+
+
+def test_fewer_key_facts_are_told(trained):
+    """The change's interval is replaced in a real evaluation: a tiny model knows no facts."""
+    folder = trained(same_length, learning_rate=1e-3, max_steps=15)
+    file = folder / "evaluation.json"
+    figures = json.loads(file.read_text())
+    facts = {"base": {"mean": 0.7}, "tuned": {"mean": 0.4}, "change": {"low": -0.4, "high": -0.2}}
+    figures["measures"]["facts"] = facts
+    file.write_text(json.dumps(figures))
+    assert "emptier replies" in names(folder)
+    figures["measures"]["facts"]["change"]["high"] = 0.1
+    file.write_text(json.dumps(figures))
+    assert "emptier replies" not in names(folder)
+
+
+def test_the_command_prints_it_and_names_what_is_missing(trained, tmp_path):
+    folder = trained(same_length, evaluated=False, max_steps=3)
+    command = [sys.executable, "-m", "scripts.doctor"]
+    done = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout == "\n\n".join(report(folder)) + "\n"
+    assert "no evaluation.json yet" in done.stdout
+    done = subprocess.run([*command, tmp_path / "none"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no such folder" in done.stderr
+    (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
+    with pytest.raises(RecipeError, match="line 1 is not JSON"):
+        list(report(folder))
+
+
+def test_length_is_counted_as_training_cuts_it():
+    rows = [
+        {"prompt_ids": [0] * 4, "chosen_ids": [0] * c, "rejected_ids": [0] * r}
+        for c, r in ((1, 2), (1, 5), (3, 3), (6, 60))
+    ]
+    margins = np.array([1.0, 4.0, 0.0, 0.0])
+    cut = length_follows(rows, margins, max_length=10)
+    assert cut["rule"] == "shorter"
+    assert cut["rule_accuracy"] == pytest.approx(0.75)  # two of two, and two ties
+    assert cut["margin_correlation"] == pytest.approx(1.0)
+    assert length_follows(rows, margins, max_length=None)["margin_correlation"] < 0.5
+    assert length_follows(rows, np.zeros(4), None)["margin_correlation"] is None
