@@ -103,17 +103,20 @@ def model_digest(model: torch.nn.Module, entries: int = 1024) -> str:
     return digest.hexdigest()[:32]
 
 
-def differences(theirs: dict, ours: dict) -> list[str]:
+def differences(theirs: dict, ours: dict, *, may_have_moved: bool = False) -> list[str]:
     """The keys in which two runs differ, each with both values, and data and model if they do.
 
-    Either may lack `data` and `model`, before these are loaded; then the keys that name them count.
+    Either may lack `data` and `model`, before these are loaded; then the keys that name them count,
+    unless both `may_have_moved`.
     """
     there, here = theirs.get("config", {}), ours.get("config", {})
     unknown = object()
     found = []
     known = {part: theirs.get(part) and ours.get(part) for part in ("data", "model")}
     for key in sorted({*there, *here}):
-        if (key in DATA_KEYS and known["data"]) or (key in MODEL_KEYS and known["model"]):
+        if key in DATA_KEYS and (known["data"] or may_have_moved):
+            continue
+        if key in MODEL_KEYS and (known["model"] or may_have_moved):
             continue
         one, two = there.get(key, unknown), here.get(key, unknown)
         if one != two and (one is unknown or two is unknown):
@@ -129,13 +132,13 @@ def differences(theirs: dict, ours: dict) -> list[str]:
     return found
 
 
-def refuse_another(checkpoint: Path, ours: dict) -> None:
-    """Go on only from a checkpoint of the same run.
+def refuse_another(checkpoint: Path, ours: dict, *, may_have_moved: bool = False) -> None:
+    """Go on only from a checkpoint of the same run; `may_have_moved` as in `differences`.
 
     Raises:
         RecipeError: config, data or model differ; the message names the keys.
     """
-    if found := differences(manifest(checkpoint)["run"], ours):
+    if found := differences(manifest(checkpoint)["run"], ours, may_have_moved=may_have_moved):
         more = f", and {len(found) - 6} more" * (len(found) > 6)
         raise RecipeError(
             f"{checkpoint} is another run's: {'; '.join(found[:6])}{more}. Give the settings that "

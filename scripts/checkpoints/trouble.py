@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -44,6 +45,11 @@ def explain(error: BaseException, folder: Path) -> str | None:
             "main memory is short; scripts.plan says what the config needs: end other programs, "
             "set activation_checkpointing: true, or begin anew with a smaller "
             "per_device_train_batch_size"
+        )
+    if re.search(r"DataLoader worker \(pid.* (exited|is killed)", str(error)):
+        return (
+            f"a worker of the data loader was killed ({first_line(error)}), most often for lack of "
+            "main memory; dataloader_num_workers: 0 does without, and may be set on going on"
         )
     if disk_is_full(error):
         room = next(p for p in (folder, *folder.absolute().parents) if p.exists())

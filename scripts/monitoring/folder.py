@@ -95,7 +95,8 @@ def settle(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> Non
         return
     last = _newest(cfg.run_dir)
     if last:
-        refuse_another(last, {"config": settings(cfg)})
+        # Asked for by name, it may have moved with its model and data: the trainer compares these.
+        refuse_another(last, {"config": settings(cfg)}, may_have_moved=resume)
         cfg.dpo.resume_from_checkpoint = str(last)
         print(f"going on from {last}")
     elif resume:

@@ -54,4 +54,7 @@ def faults() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "a worker of the loader hangs", partial(loader, "hangs", 1, "no batch came for 3 s")
     yield "the loader's disk is lost", partial(loader, "fails", 0, "cannot be read (OSError")
     yield "a worker's disk is lost", partial(loader, "fails", 1, "cannot be read (OSError")
-    yield "a worker of the loader is killed", partial(loader, "dies", 1, "cannot be read (Runtime")
+    yield (
+        "a worker of the loader is killed",
+        partial(loader, "dies", 1, "of the data loader was killed"),
+    )
