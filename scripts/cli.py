@@ -54,6 +54,10 @@ class RecipeError(Exception):
 
     exit_code = 1  # what a command that it ends exits with
 
+    def _render_traceback_(self) -> list[str]:
+        """IPython's hook: a notebook shows the line, and not the way to it through the code."""
+        return [f"error: {self}"]
+
 
 class InputError(RecipeError):
     """A mistake in what the user gave: a config, an override, a path. Nothing was loaded yet."""

@@ -132,11 +132,8 @@ def hub_login(name: str, revision: str = "main") -> HubState:
     """
     state = hub_state(name, revision)
     if state == "login" and someone_is_there() and not get_token():
-        if "ipykernel" in sys.modules:
-            notebook_login()
-            print("Paste your token above, then run this cell again.")
-            return state
-        login()
+        # Both wait for the answer, so the access is known when they return.
+        (notebook_login if "ipykernel" in sys.modules else login)()
         state = hub_state(name, revision)
     if state in _MESSAGES:
         print(_MESSAGES[state].format(name=name))

@@ -23,6 +23,7 @@ def test_the_promised_configs_are_there():
         "llama3-8b-a100-short",
         "llama3-8b-24gb",
         "llama3-8b-a100-rank416",
+        "llama3-8b-a100-grounded",
         "smollm2-135m-cpu",
     }
 

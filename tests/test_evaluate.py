@@ -17,10 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from scripts.data import load_preferences
 from scripts.evaluate import (
+    BASELINES,
     PARTIAL,
+    baselines_table,
+    checked_wins,
+    compared,
     evaluate,
     evaluation_table,
     implicit_rewards,
+    losses,
     pair_logps,
     restore_reference,
     save_evaluation,
@@ -28,7 +33,7 @@ from scripts.evaluate import (
 )
 from scripts.export import completion_logps
 from scripts.generation import generate_replies
-from scripts.measures.statistics import AIMS, MET, MISSED, TOO_FEW, bootstrap
+from scripts.measures.statistics import AIMS, MET, MISSED, QUESTION_AIMS, TOO_FEW, bootstrap
 from scripts.measures.text import are_facts
 from scripts.model import load_model, load_tokenizer
 from scripts.planning.memory import process_gb
@@ -350,3 +355,88 @@ def test_temperature_0_is_greedy(tiny_trainer):
         batch_size=1, label=None,
     )  # fmt: skip
     assert ask(temperature=0.0, top_p=0.9)[0].ids == ask()[0].ids
+
+
+PASSAGES = [
+    {
+        "id": f"p{n}", "split": split, "level": "plain",
+        "passage": f"The blue bag costs {n} dollars.",
+        "questions": [
+            {"question": "How much is the blue bag?", "answerable": True,
+             "accept": [f"{n} dollars"], "wrong": ["900 dollars"]},
+            {"question": "Who sews it?", "answerable": False, "accept": [], "wrong": ["Abel"]},
+        ],
+    }
+    for n, split in ((20, "test"), (30, "test"), (40, "train"))
+]  # fmt: skip
+
+
+def test_questions_on_texts_are_checked_with_baselines_side_probes_and_win_rate(tiny_run, tmp_path):
+    questions = write_jsonl(tmp_path / "passages.jsonl", PASSAGES)
+    trainer, cfg = tiny_run(
+        questions=str(questions), questions_level="plain", baselines=True, side_prompts=2,
+        max_new_tokens=4,
+    )  # fmt: skip
+    figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    assert list(frame["question"]) == ["How much is the blue bag?", "Who sews it?"] * 2
+    assert frame["prompt"][0] == "The blue bag costs 20 dollars.\n\nHow much is the blue bag?"
+    # A random model says nothing of use; an untrained adapter changes nothing.
+    assert figures["measures"]["exact"]["base"]["mean"] == 0
+    assert figures["measures"]["exact"]["change"] == {"mean": 0, "low": 0, "high": 0, "prompts": 2}
+    assert (
+        figures["measures"]["declined"]["base"]["prompts"] == 2
+    )  # two passages, one question each
+    assert figures["win_rate"]["raw"]["mean"] == 0.5
+    assert set(figures["beside"]) == {"passages trained on", "plain questions", "instructions"}
+    assert "follows" in figures["beside"]["instructions"]
+    assert "facts" in figures["beside"]["plain questions"]
+    assert list(figures["baselines"]) == list(BASELINES.values())
+    assert set(figures["targets"]) == {aim.text for aim in QUESTION_AIMS}
+    assert list(baselines_table(figures).columns) == ["base", *BASELINES.values(), "tuned with DPO"]
+    save_evaluation(figures, frame, cfg.run_dir)
+    assert "✗ not right" in side_by_side(frame)
+    before_after(figures, frame).savefig(tmp_path / "figure.png")
+
+
+def judged(**replies) -> pd.DataFrame:
+    """A frame of two models' marks: exact, right in the first sentence, made-up sentences."""
+    rows = []
+    for name, (base, tuned) in replies.items():
+        row = {"prompt": name}
+        for who, (exact, first, made_up) in (("base", base), ("tuned", tuned)):
+            row |= {f"{who}_exact": exact, f"{who}_first": first, f"{who}_unsupported": made_up}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_wins_and_losses_go_by_what_is_exact_and_then_by_the_first_sentence():
+    good, late, bad, none = (1, 1, 0), (1, 0, 0), (0, 0, 1), (0, float("nan"), 0)
+    frame = judged(
+        win=(bad, good), nearer=(late, good), same=(good, good), loss=(good, bad),
+        first_lost=(good, late), undecided=(none, none),
+    )  # fmt: skip
+    assert list(checked_wins(frame)) == [1, 1, 0.5, 0, 0, 0.5]
+    assert list(losses(frame)["prompt"]) == ["loss", "first_lost"]
+
+
+def test_a_gain_that_only_cut_off_replies_show_is_gone_where_both_finish():
+    frame = pd.DataFrame(
+        {
+            "cluster": ["a", "b", "c", "d"],
+            "base_finished": [True, True, False, False], "tuned_finished": [True] * 4,
+            "base_repeated": [0.1, 0.1, 0.9, 0.9], "tuned_repeated": [0.1] * 4,
+        }
+    )  # fmt: skip
+    measure = compared(frame)["repeated"]
+    assert measure["change"]["mean"] == pytest.approx(-0.4)
+    assert (
+        measure["both_finish"]["mean"] == pytest.approx(0)
+        and measure["both_finish"]["prompts"] == 2
+    )
+
+
+def test_aims_of_a_config_take_the_place_of_those_set_beforehand(tiny_run):
+    aims = {"shorter": {"at_least": -1.0}, "finished": {"at_most": 0.1}, "no_such": {"at_least": 0}}
+    trainer, cfg = tiny_run(aims=aims)
+    figures, _ = evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    assert set(figures["targets"]) == {"shorter at least -1", "finished at most 0.1"}

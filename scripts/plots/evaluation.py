@@ -33,8 +33,16 @@ def before_after(figures: dict, frame: pd.DataFrame) -> Figure:
             xlabel="held-out prompts, by the base model's length", ylabel="tokens of the reply"
         )
         lengths.legend(loc="upper left", bbox_to_anchor=(0, 0.9), frameon=True)
-        names = [n for n in ("finished", "facts", "repeated") if n in figures["measures"]]
-        titles = {"finished": "finish", "facts": "key facts", "repeated": "repeated\n4-grams"}
+        # Of questions on texts what is right; of other prompts there is only the form.
+        names = ("exact", "first", "mentioned", "finished")
+        if "exact" not in figures["measures"]:
+            names = ("finished", "facts", "repeated")
+        names = [name for name in names if name in figures["measures"]]
+        titles = {
+            "exact": "right, and\nnothing else", "first": "in the first\nsentence",
+            "mentioned": "mentioned", "finished": "finish", "facts": "key facts",
+            "repeated": "repeated\n4-grams",
+        }  # fmt: skip
         for x, name in enumerate(names):
             for shift, who, colour, hatch in ((-0.13, "base", NEUTRAL, "////"),
                                               (0.13, "tuned", ACCENT, None)):  # fmt: skip
