@@ -49,7 +49,7 @@ def test_short_and_full_a100_runs_differ_only_in_how_much_is_trained():
     differing = {k for k in full | short if full.get(k) != short.get(k)}
     assert differing == {
         "train_samples", "eval_samples", "max_steps", "num_train_epochs", "logging_steps",
-        "eval_strategy", "eval_steps", "save_steps", "save_total_limit",
+        "eval_strategy", "eval_steps", "save_steps",
         "eval_prompts", "output_dir",
     }  # fmt: skip
     assert (short["train_samples"], short["max_steps"]) == (150, 50)

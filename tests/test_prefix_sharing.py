@@ -328,7 +328,7 @@ def test_generation_goes_the_way_it_went(both):
 
 
 def test_a_run_that_was_stopped_goes_on_the_same(tiny_trainer, tmp_path):
-    common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    common = {"max_steps": 6, "save_steps": 3, "save_total_limit": 2, "logging_steps": 1}
     whole = tiny_trainer(output_dir=str(tmp_path / "whole"), **common)
     whole.train()
     again = tiny_trainer(output_dir=str(tmp_path / "again"), **common)

@@ -84,6 +84,8 @@ def damage(folder: Path) -> str | None:
 
     A file that is missing counts: transformers would go on without the optimiser's, from zero.
     """
+    if not folder.is_dir():
+        return "there is no such folder"
     kept = manifest(folder)
     if not kept:
         return f"it has no readable {MANIFEST}, which is written last"
