@@ -245,6 +245,15 @@ def _build(parser: argparse.ArgumentParser) -> None:
     add("--least-gap", type=number(0), default=0.0, help="reward: nearer is a tie")
 
 
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--judge", choices=["checker", "reward", "endpoint"], default="checker",
+        help="who compares the replies of base and tuned")  # fmt: skip
+    add("--judge-model", help="the reward model, or the endpoint's model")
+    add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
+    parser.set_defaults(least_gap=0.0, pairs_per_prompt=1)
+
+
 def _benchmark(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
@@ -285,6 +294,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "training": _run,
     "plan": _plan,
     "data build": _build,
+    "evaluate": _evaluate,
     "doctor": _doctor,
     "lessons": _lessons,
     "benchmark": _benchmark,

@@ -181,9 +181,17 @@ def chosen_falls(run: RunFolder) -> Finding | None:
 
 
 def leap(run: RunFolder) -> Finding | None:
-    """More than half of the margin between two logs: a step too large, not a lesson learned."""
+    """More than half of the margin between two logs: a step too large, not a lesson learned.
+
+    A log is of one batch, and batches differ: the three logs after a leap must bear it out, and of
+    a leap at the very end nothing bears it out.
+    """
     margins = run.column("rewards/margins")
-    jumps = [after - before for before, after in pairwise(margins)]
+    jumps = [
+        min(after, fmean(margins[at : at + 3])) - before
+        for at, (before, after) in enumerate(pairwise(margins), 1)
+    ]
+    jumps = jumps[:-1] if len(jumps) > 5 else jumps
     at = max(range(len(jumps)), key=jumps.__getitem__)
     if jumps[at] < max(LEAP_SHARE * max(map(abs, margins)), LEAP_NATS):
         return None

@@ -16,6 +16,7 @@ import argparse
 import html
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from scripts.measures.statistics import DRAWS, aims_of, bootstrap
 from scripts.measures.text import repeated_ngram_share
 from scripts.measures.winrate import length_controlled
 from scripts.model import free_memory, load_model
+from scripts.pairs.build import Judge, make_judge
 from scripts.pairs.report import length_bias
 from scripts.probes import Probe, main_probe, side_probes
 from scripts.sharing.forward import log_probs_only, share_prefixes
@@ -349,6 +351,26 @@ def checked_wins(frame: pd.DataFrame) -> np.ndarray:
     return (np.sign(grade["tuned"] - grade["base"]).to_numpy() + 1) / 2
 
 
+def judged_wins(frame: pd.DataFrame, prompts: list, judge: Judge) -> np.ndarray:
+    """1 where `judge` prefers the tuned reply, 0 where the base's, 0.5 for a tie.
+
+    An endpoint is asked in both orders, and a verdict that turns with the order is a tie. `prompts`
+    are the conversations that the rows of `frame` reply to.
+    """
+
+    def win(at: int) -> float:
+        replies = [
+            {"text": frame[who][at], "tokens": int(frame[f"{who}_length"][at]), "style": who}
+            for who in ("base", "tuned")
+        ]
+        prompt = {"id": f"reply-{at}", "messages": prompts[at]}
+        preferred = judge(prompt, [reply | {"finished": True} for reply in replies])
+        return float(preferred[0].chosen["style"] == "tuned") if preferred else 0.5
+
+    with ThreadPoolExecutor(judge.workers) as pool:
+        return np.array(list(pool.map(win, range(len(frame)))))
+
+
 def _figures(
     cfg: Config, frame: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray, prompts: list[str],
     beside: dict[str, dict],
@@ -497,10 +519,19 @@ def main(args: argparse.Namespace) -> None:
     trained = require_adapter(cfg)
     run = assemble(cfg)
     load_adapter(run.trainer.model, trained)
+    judge = make_judge(args, cfg) if args.judge != "checker" else None  # before any reply
     figures, frame = evaluate(run.trainer, cfg, run.pairs["test"])
+    if judge:
+        wins = judged_wins(frame, main_probe(cfg, run.pairs["test"]).prompts, judge)
+        lengths = frame["tuned_length"], frame["base_length"]
+        figures["win_rate"] = {"judge": judge.name} | length_controlled(
+            wins, *lengths, frame["cluster"]
+        )
     if cfg.is_main_process:
         save_evaluation(figures, frame, cfg.run_dir)
         print(evaluation_table(figures).to_string())
+        if "win_rate" in figures:
+            print(f"\njudge: {figures['win_rate']['judge']}\n{win_rates(figures).to_string()}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Before against after: the figures are what they say they are."""
 
 import json
+import re
 import shutil
 import sys
 from functools import partial
@@ -25,6 +26,7 @@ from scripts.evaluate import (
     evaluate,
     evaluation_table,
     implicit_rewards,
+    judged_wins,
     losses,
     pair_logps,
     restore_reference,
@@ -36,6 +38,7 @@ from scripts.generation import generate_replies
 from scripts.measures.statistics import AIMS, MET, MISSED, QUESTION_AIMS, TOO_FEW, bootstrap
 from scripts.measures.text import are_facts
 from scripts.model import load_model, load_tokenizer
+from scripts.pairs.judges import Endpoint
 from scripts.planning.memory import process_gb
 from scripts.plots import before_after
 from scripts.probes import pick_prompts
@@ -417,6 +420,31 @@ def test_wins_and_losses_go_by_what_is_exact_and_then_by_the_first_sentence():
     )  # fmt: skip
     assert list(checked_wins(frame)) == [1, 1, 0.5, 0, 0, 0.5]
     assert list(losses(frame)["prompt"]) == ["loss", "first_lost"]
+
+
+def test_an_endpoint_judges_the_replies_in_both_orders(loopback):
+    """A judge that likes "good", and one that always likes what it reads first."""
+    frame = pd.DataFrame(
+        {
+            "base": ["bad", "good", "bad"], "tuned": ["good", "bad", "bad too"],
+            "base_length": [1, 1, 1], "tuned_length": [1, 1, 2],
+        }
+    )  # fmt: skip
+    talks = [[{"role": "user", "content": "Why?"}]] * 3
+
+    def likes_good(path, body):
+        asked = json.loads(body)["messages"][0]["content"]
+        a, b = re.search(r"Answer A\n(.*)\n\n### Answer B\n(.*)\n\nReply", asked).groups()
+        winner = "tie" if ("good" in a) == ("good" in b) else "A" if "good" in a else "B"
+        content = json.dumps({"choices": [{"message": {"content": f'{{"winner": "{winner}"}}'}}]})
+        return 200, {}, content.encode()
+
+    assert list(judged_wins(frame, talks, Endpoint(loopback(likes_good), "m"))) == [1, 0, 0.5]
+    first = json.dumps({"choices": [{"message": {"content": '{"winner": "A"}'}}]}).encode()
+    assert (
+        list(judged_wins(frame, talks, Endpoint(loopback(lambda *_: (200, {}, first)), "m")))
+        == [0.5] * 3
+    )
 
 
 def test_a_gain_that_only_cut_off_replies_show_is_gone_where_both_finish():

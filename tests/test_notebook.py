@@ -61,7 +61,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_notebook_runs_with_papermill(tmp_path):
     """The real default model, data and NF4; fewer steps, prompts and tokens."""
     small = {
-        "max_steps": 3, "train_samples": 24, "eval_samples": 6, "eval_prompts": 4, "side_prompts": 2,
+        "max_steps": 3, "train_samples": 24, "eval_samples": 6, "eval_prompts": 4,
+        "side_prompts": 2,
         "max_new_tokens": 24, "report_to": "wandb", "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
     options = [part for k, v in small.items() for part in ("--set", f"{k}={v}")]
