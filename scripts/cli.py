@@ -242,7 +242,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
     add("--judge-model", help="the reward model, or the endpoint's model")
     add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
     add("--pairs-per-prompt", type=whole(1), default=1, help="endpoint: at most so many")
-    add("--least-gap", type=number(0), default=0.0, help="reward: nearer is a tie")
+    add("--least-gap", type=number(-1e9), default=0.0, help="reward: nearer is a tie")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:

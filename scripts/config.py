@@ -177,6 +177,7 @@ def load_config(
 
     A `max_length` in the file is for the file's data: with another `dataset_name` among the
     overrides and no `max_length`, it is `auto`. A run that is resumed keeps the one it began with.
+    `questions`, too, are then left out, and the models tried on the held-out prompts of the data.
 
     `output_dir`, if given, is the run folder. With `may_lack_gpu` a config for a GPU is read on a
     machine without one, to plan or check a run that another machine will do; the folders that it
@@ -202,6 +203,8 @@ def load_config(
     other_data = given.get("dataset_name") != values.get("dataset_name")
     if other_data and "max_length" not in overrides:
         given["max_length"] = AUTO
+    if other_data and "questions" not in overrides:
+        given.pop("questions", None)
     if given.get("max_length") == AUTO and given.get("resume_from_checkpoint"):
         given["max_length"] = _length_of_run(Path(given["output_dir"]) / "config.yaml")
     for key, value in given.items():

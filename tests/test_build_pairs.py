@@ -17,7 +17,7 @@ from conftest import EOT, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from scripts.cli import ROOT, RecipeError, parse
+from scripts.cli import ROOT, InputError, RecipeError, parse
 from scripts.model import load_tokenizer
 from scripts.pairs.build import (
     as_row,
@@ -350,22 +350,29 @@ def test_options_that_make_no_sense_are_refused():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--samples", "plain=0"), "a pair takes two answers"),
-        (("--samples", "plain=1"), "a pair takes two answers"),
-        (("--batch-size", "0"), "--batch-size must be 1 or more, got 0"),
-        (("--max-new-tokens", "0"), "--max-new-tokens must be 1 or more, got 0"),
-        (("--top-p", "2"), "--top-p must be above 0 and at most 1, got 2.0"),
-        (("--top-p", "0"), "--top-p must be above 0"),
-        (("--temperature", "-1"), "--temperature must be 0 or more, got -1.0"),
-        (("--temperature", "nan"), "--temperature must be 0 or more"),
-        (("--seed", "-1"), "--seed must be 0 or more"),
-        (("--pairs-per-prompt", "0"), "--pairs-per-prompt must be 1 or more"),
-        (("--least-gap", "nan"), "--least-gap must be a number"),
+        (("--batch-size", "0"), "of at least 1, got '0'"),
+        (("--max-new-tokens", "0"), "of at least 1, got '0'"),
+        (("--top-p", "2"), "above 0 and at most 1, got '2'"),
+        (("--top-p", "0"), "above 0 and at most 1, got '0'"),
+        (("--temperature", "-1"), "from 0 to 10, got '-1'"),
+        (("--temperature", "nan"), "from 0 to 10, got 'nan'"),
+        (("--seed", "-1"), "of at least 0, got '-1'"),
+        (("--pairs-per-prompt", "0"), "of at least 1, got '0'"),
+        (("--least-gap", "nan"), "got 'nan'"),
     ],
 )
-def test_numbers_that_make_no_sense_are_one_line(options, told, command, tmp_path):
-    with pytest.raises(RecipeError, match=told):
+def test_numbers_that_make_no_sense_are_one_line(options, told, command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
         command(WHYS, *options)
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("samples", ["plain=0", "plain=1"])
+def test_too_few_samples_for_a_pair_are_refused(samples, command, tmp_path):
+    with pytest.raises(InputError, match="--samples"):
+        command(WHYS, "--samples", samples)
     assert not (tmp_path / "out").exists()
 
 

@@ -95,7 +95,7 @@ def test_ill_typed_values_are_refused(key, value):
         ("dataset_format", "orka", "nearest good value is orca"),
         ("wandb_project", "", "empty"),
         ("lora_r", 0, "greater than or equal to 1"),
-        ("max_length", -5, "greater than or equal to 2"),
+        ("max_length", -5, "at least 2"),
         ("per_device_train_batch_size", 0, "greater than or equal to 1"),
         ("gradient_accumulation_steps", 0, "greater than or equal to 1"),
         ("num_train_epochs", -1, "greater than 0"),

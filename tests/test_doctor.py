@@ -5,6 +5,7 @@ import random
 import string
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -52,16 +53,19 @@ def coin():
 def trained(tiny_cfg, tmp_path):
     """Trains on 16 pairs that `make` draws, evaluates on 16 more, and gives the run's folder."""
 
-    def run(make, evaluated=True, **overrides):
+    def run(make, evaluated=True, rate=None, **overrides):
         DRAW.seed(0)
         for split in ("train", "test"):
             write_jsonl(tmp_path / "data" / f"{split}.jsonl", [make() for _ in range(16)])
         settings = {"dataset_name": str(tmp_path / "data"), "max_steps": 20, "max_new_tokens": 2}
         settings |= {"per_device_train_batch_size": 4, "eval_prompts": 2, "learning_rate": 1e-3}
         cfg = tiny_cfg(**settings | overrides)
+        if rate:  # beyond what a config may hold
+            cfg.dpo.learning_rate = cfg.given["learning_rate"] = rate
         cfg.save(cfg.run_dir / "config.yaml")
         run = assemble(cfg)
-        run.trainer.train()
+        with pytest.raises(RecipeError, match="the loss is") if rate else nullcontext():
+            run.trainer.train()
         if evaluated:
             save_evaluation(*evaluate(run.trainer, cfg, run.pairs["test"]), cfg.run_dir)
         return cfg.run_dir
@@ -74,7 +78,7 @@ def names(folder):
 
 
 def test_a_run_that_overflows_is_called_nan_and_nothing_else(trained):
-    folder = trained(same_length, evaluated=False, learning_rate=1e30, max_grad_norm=0.0)
+    folder = trained(same_length, evaluated=False, rate=1e30, max_grad_norm=0.0)
     (finding,) = diagnose(read_run(folder))
     assert finding.name == "NaN"
     assert "nan at step" in finding.evidence or "inf at step" in finding.evidence

@@ -16,12 +16,13 @@ from trl import DPOTrainer
 
 from scripts.config import Config, load_config
 from scripts.data import load_preferences
-from scripts.evaluate import length_follows, pair_logps, pick_prompts, reference
+from scripts.evaluate import length_follows, pair_logps, reference
 from scripts.generation import Reply, generate_replies
 from scripts.measures.text import are_facts, fact_recall
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.monitoring.steps import history
 from scripts.pairs.tokens import template_options, tokenize_pairs
+from scripts.probes import pick_prompts
 from scripts.training import assemble
 
 
