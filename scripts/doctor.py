@@ -59,6 +59,7 @@ class RunFolder:
     steps: list[dict]
     config: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
+    failed: dict = field(default_factory=dict)  # the step that was not finite and ended training
 
     @property
     def beta(self) -> float:
@@ -103,7 +104,11 @@ def read_run(folder: Path) -> RunFolder:
     steps = [row for row in rows if "loss" in row and "rewards/margins" in row]
     if not steps:
         raise RecipeError(f"{log} has no training step; let training reach its first log")
-    return RunFolder(steps, _read(folder / "config.yaml"), _read(folder / "evaluation.json"))
+    failed = _read(folder / "failed_batch.json")
+    if failed.get("step", 0) <= steps[-1]["step"]:  # of an earlier attempt
+        failed = {}
+    parts = (_read(folder / name) for name in ("config.yaml", "evaluation.json"))
+    return RunFolder(steps, *parts, failed)
 
 
 def _read(path: Path) -> dict:
@@ -130,7 +135,18 @@ def diagnose(run: RunFolder) -> list[Finding]:
 
 
 def not_finite(run: RunFolder) -> Finding | None:
-    """NaN or infinity in a log. transformers keeps them out of `loss`, so all columns are read."""
+    """NaN or infinity in a log, or in the step that ended training.
+
+    transformers keeps them out of `loss`, so all columns are read.
+    """
+    if run.failed:
+        return Finding(
+            "NaN",
+            "the arithmetic broke down, and training was stopped there",
+            f"step {run.failed['step']}: {run.failed['what']}; its pairs are in failed_batch.json, "
+            f"learning rate {run.learning_rate:g}",
+            f"learning_rate: {run.learning_rate / 10:g} and max_grad_norm: 1.0; look at the pairs",
+        )
     for step in run.steps:
         bad = [k for k, v in step.items() if isinstance(v, float) and not math.isfinite(v)]
         if bad:
