@@ -138,7 +138,8 @@ def check_run_folder(folder: Path, *others: str) -> None:
             raise PlaceError(f"output_dir: {folder} holds more than a run; name another")
         for other in others:
             for place in (Path(other).expanduser(), ROOT / other):
-                if place.exists() and place.resolve() == whole:
+                read = place.resolve()
+                if place.exists() and whole in (read, *read.parents):
                     raise PlaceError(f"output_dir: {folder} is also read from; name another folder")
         there = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
         if not there.is_dir():

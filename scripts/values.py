@@ -241,18 +241,18 @@ def _names(hint: Any) -> list[str]:
         inner = typing.get_args(option) if typing.get_origin(option) is list else (option,)
         for one in inner:
             if typing.get_origin(one) is Literal:
-                names += typing.get_args(one)
+                names += [name for name in typing.get_args(one) if isinstance(name, str)]
     return names
 
 
 def nearest(key: str, hint: Any, value: Any, default: Any) -> str | None:
     """The value that `key` may have which is nearest to `value`, as it is written in a config."""
-    if names := _names(hint):
+    number, limits = _number(value), RANGES.get(key)
+    if (names := _names(hint)) and (number is None or limits is None):
         words = value if isinstance(value, list) else [value]
         wrong = next((word for word in words if word not in names), names[0])
         near = _near_name(str(wrong).lower(), names, default)
         return near if near != "no" else '"no"'
-    limits, number = RANGES.get(key), _number(value)
     if limits is None or number is None:
         return None if default is None else _written(default)
     low, high = limits.ge, limits.le
