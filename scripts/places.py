@@ -139,7 +139,7 @@ def check_run_folder(folder: Path, *others: str) -> None:
         for other in others:
             for place in (Path(other).expanduser(), ROOT / other):
                 read = place.resolve()
-                if place.exists() and whole in (read, *read.parents):
+                if place.exists() and whole in (read, ROOT / "data"):
                     raise PlaceError(f"output_dir: {folder} is also read from; name another folder")
         there = next(p for p in (whole, *whole.parents) if os.path.lexists(p))
         if not there.is_dir():

@@ -207,3 +207,9 @@ def test_an_unknown_arm_is_named(tmp_path):
 
     with pytest.raises(RecipeError, match="no arm `wine`; there are sigmoid"):
         lessons(parse("lessons", ["--arms", "wine", "--out", str(tmp_path / "x.json")]))
+
+
+def test_a_layer_that_is_not_there_is_not_adapted(tiny_trainer):
+    model = tiny_trainer().model
+    assert compression.is_adapted(model, "layers.0.self_attn.q_proj")
+    assert not compression.is_adapted(model, "layers.15.self_attn.q_proj")

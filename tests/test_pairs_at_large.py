@@ -75,7 +75,7 @@ def test_the_chosen_length_covers_the_pairs_and_lands_in_the_run_folder(
     saved = load_config(cfg.run_dir / "config.yaml")
     assert saved.dpo.max_length == lengths and not saved.length_is_open
     going_on = {"dataset_name": str(path), "output_dir": str(cfg.run_dir)}
-    going_on["resume_from_checkpoint"] = "somewhere"
+    going_on["resume_from_checkpoint"] = str(cfg.run_dir)  # any folder that is there
     assert load_config(DEFAULT, going_on).dpo.max_length == lengths
 
 

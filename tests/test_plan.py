@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import llama3_tokenizer
 from matplotlib import pyplot as plt
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -153,6 +154,7 @@ def saved_bytes(tiny_run, tmp_path, layers: int, **settings) -> float:
     )  # fmt: skip
     folder = tmp_path / str(layers)
     LlamaForCausalLM(config).save_pretrained(folder)
+    llama3_tokenizer().save_pretrained(folder)
     trainer, _ = tiny_run(**{
         "model_name_or_path": str(folder), "load_in_4bit": True, "dtype": "bfloat16", "bf16": True,
         "max_length": 1024, **settings,

@@ -169,7 +169,9 @@ def test_checkpoints_are_part_of_the_disk_that_a_run_needs():
     """Rank 416: 1.09 B parameters of 4 bytes and two moments of 4 are 12.2 GB, three times."""
     *_, disk = memory(load_config("configs/llama3-8b-a100-rank416.yaml", may_lack_gpu=True))
     assert "checkpoints 36.6" in disk.finding and "adapter 4.1" in disk.finding
-    *_, disk = memory(load_config("configs/llama3-8b-a100-short.yaml", may_lack_gpu=True))
+    keeps_none = {"save_strategy": "no"}
+    short = load_config("configs/llama3-8b-a100-short.yaml", keeps_none, may_lack_gpu=True)
+    *_, disk = memory(short)
     assert "checkpoints" not in disk.finding
 
 

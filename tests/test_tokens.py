@@ -161,7 +161,7 @@ def test_a_rows_tools_and_template_options_reach_check_and_trainer_alike(tiny_cf
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
     cfg = tiny_cfg(dataset_name=str(tmp_path / "p"), max_length=None)
     pairs, report = check_preferences(cfg, tokenizer)
-    assert report.findings == []
+    assert {f.kind for f in report.findings} <= {"outer_space"}  # one answer of these ends so
     for split, data in pairs.items():
         trained_on = trl_rows(data, tokenizer, tmp_path)
         assert trained_on == tokenize_pairs(data.to_list(), tokenizer)
@@ -216,7 +216,7 @@ def test_the_end_of_a_turn_is_what_the_template_writes_after_an_answer(family, t
     write_jsonl(tmp_path / "p" / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
     _, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")), tokenizer)
-    assert report.findings == []
+    assert {f.kind for f in report.findings} <= {"outer_space"}  # one answer of these ends so
 
 
 def test_ends_come_from_the_generation_config_too_and_a_template_without_one_is_noticed(
@@ -236,7 +236,7 @@ def test_ends_come_from_the_generation_config_too_and_a_template_without_one_is_
     GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids("#")).save_pretrained(tmp_path)
     tokenizer.name_or_path = str(tmp_path)
     _, report = check_preferences(cfg, tokenizer)
-    assert report.findings == []
+    assert {f.kind for f in report.findings} <= {"outer_space"}  # one answer of these ends so
 
 
 @pytest.mark.parametrize("family", ["gemma", "phi 3"])
@@ -261,7 +261,7 @@ def test_a_conversation_that_the_template_refuses_is_a_bad_row(tiny_cfg, tmp_pat
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
     cfg = tiny_cfg(dataset_name=str(path.parent))
     pairs, report = check_preferences(cfg, tokenizer_of("gemma"))
-    assert [tuple(f) for f in report.findings] == [
+    assert [tuple(f) for f in report.bad()] == [
         ("train", "train.jsonl:2", "template", "the chat template says: no system role here")
     ]
     assert [row["prompt"] for row in pairs["train"]] == [ROWS[0]["prompt"], ROWS[2]["prompt"]]

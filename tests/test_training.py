@@ -221,6 +221,7 @@ def test_a_new_run_in_a_folder_sets_the_old_adapter_aside(tiny_cfg):
     assert not (cfg.run_dir / "adapter").exists() and not (cfg.run_dir / "evaluation.json").exists()
     assert (cfg.run_dir / "earlier" / "adapter" / "weights").read_text() == "old"
     (cfg.run_dir / "adapter").mkdir()
-    resumed = tiny_cfg(resume_from_checkpoint="checkpoint-1")
+    (cfg.run_dir / "checkpoint-1").mkdir()
+    resumed = tiny_cfg(resume_from_checkpoint=str(cfg.run_dir / "checkpoint-1"))
     start_run(resumed)
     assert (cfg.run_dir / "adapter").exists()

@@ -15,7 +15,7 @@ import torch
 from bitsandbytes import functional as bnb
 from peft import PeftModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from scripts.cli import ROOT
@@ -104,6 +104,15 @@ def quantization_errors(weight: Tensor) -> dict[str, dict[str, float]]:
     }
 
 
+def is_adapted(model: nn.Module, layer: str) -> bool:
+    """Whether `model` has one LoRA layer of that name; another architecture calls it otherwise."""
+    return len(_adapted(model, layer)) == 1
+
+
+def _adapted(model: nn.Module, layer: str) -> list[nn.Module]:
+    return [m for n, m in model.named_modules() if n.endswith(layer) and hasattr(m, "lora_A")]
+
+
 def update_spectrum(model: PeftModel, layer: str) -> Tensor:
     """Singular values of the update that LoRA learned for `layer`, largest first, (rank,).
 
@@ -113,7 +122,7 @@ def update_spectrum(model: PeftModel, layer: str) -> Tensor:
     Raises:
         RecipeError: no adapted layer has that name.
     """
-    found = [m for n, m in model.named_modules() if n.endswith(layer) and hasattr(m, "lora_A")]
+    found = _adapted(model, layer)
     if len(found) != 1:
         raise RecipeError(f"{len(found)} adapted layers are called `{layer}`; one is needed")
     adapted = found[0]
