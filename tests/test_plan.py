@@ -387,7 +387,9 @@ def test_parts_add_up_to_the_peak_and_paged_memory_is_shown(llama):
     figure = plots.plan_memory(frame)
     axis = figure.axes[0]
     assert PAGED in [text.get_text() for text in axis.get_legend().get_texts()]
-    hatched = {bars.get_label() for bars in axis.containers if bars.patches[0].get_hatch()}
+    hatched = {
+        bars.get_label() for bars in axis.containers if bars.patches[0].get_hatch() == "////"
+    }
     assert hatched == {"runtime", PAGED}
     plt.close(figure)
 
