@@ -130,9 +130,7 @@ def measure(
     values = {"prefix_sharing": attention is None, "max_steps": steps, "report_to": "none"}
     values |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 100}
     values |= {"attn_implementation": attention} if attention else {}
-    if case == "data":
-        values |= {"dataset_name": "data/concise", "max_length": 160}
-    else:
+    if case != "data":
         prompt, chosen, rejected, size = parse_case(case)
         values |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
         # Nothing is cut: neither these pairs, nor the one that the trainer is built with.
