@@ -219,6 +219,12 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time")
 
 
+def _judge_of_its_own(add: Callable) -> None:
+    """Where a judge that is a model is found."""
+    add("--judge-model", help="the reward model, or the endpoint's model")
+    add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
+
+
 def _build(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
@@ -239,8 +245,7 @@ def _build(parser: argparse.ArgumentParser) -> None:
         help="who pairs them",
     )
     add("--level", help="of passages: only those of this level")
-    add("--judge-model", help="the reward model, or the endpoint's model")
-    add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
+    _judge_of_its_own(add)
     add("--pairs-per-prompt", type=whole(1), default=1, help="endpoint: at most so many")
     add("--least-gap", type=number(-1e9), default=0.0, help="reward: nearer is a tie")
 
@@ -249,8 +254,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--judge", choices=["checker", "reward", "endpoint"], default="checker",
         help="who compares the replies of base and tuned")  # fmt: skip
-    add("--judge-model", help="the reward model, or the endpoint's model")
-    add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
+    _judge_of_its_own(add)
     parser.set_defaults(least_gap=0.0, pairs_per_prompt=1)
 
 

@@ -153,6 +153,13 @@ def check_run_folder(folder: Path, *others: str) -> None:
         raise PlaceError(f"output_dir: {folder} cannot be written to ({reason})") from None
 
 
+def local_path(name: str) -> Path | None:
+    """The file or folder that `name` is on this machine: from the home folder (`~`), the current
+    one, or the project's; None if there is none."""
+    path = Path(os.path.expanduser(name))  # Path's own raises for the home of an unknown user
+    return next((p for p in (path, ROOT / path) if p.exists()), None)
+
+
 def check_dataset(name: str) -> None:
     """Refuse a file or folder of data that is not there or has nothing in it.
 
@@ -163,7 +170,7 @@ def check_dataset(name: str) -> None:
         return
     if "://" in name:
         raise PlaceError("dataset_name: only http(s) addresses, files, folders and the hub's names")
-    path = next((p for p in (Path(name).expanduser(), ROOT / name) if p.exists()), None)
+    path = local_path(name)
     if path is None:
         if name.startswith(("/", ".", "~")) or _is_data(name) or name.count("/") > 1:
             raise PlaceError(f"dataset_name: there is no file or folder {name}")

@@ -6,8 +6,8 @@ The executed notebook goes into the run folder as `notebook.ipynb`; when a cell 
 all the same, with the error at its top. The same command goes on with a run that was stopped; in
 the folder of a finished one it asks for `--resume`, `--overwrite` or another folder.
 
-Exit codes: 0, all cells ran; 1, a cell failed, the kernel was killed, or the config has a mistake;
-2, no such option; 75, stopped by SIGTERM, a checkpoint is kept; 130, the same by Ctrl-C.
+Exit codes: 0, all cells ran; 1, a cell failed or the kernel was killed; 2, config, path or option
+have a mistake; 75, stopped by SIGTERM, a checkpoint is kept; 130, the same by Ctrl-C.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ hub."""
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,11 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from trl import ScriptArguments
 
-from scripts.config import ROOT, Config, ConfigError, RecipeError
+from scripts.config import Config, ConfigError, RecipeError
 from scripts.hub import patiently
 from scripts.pairs.download import download, is_url
 from scripts.pairs.files import READ, SHEETS, DataError, Row, kind_of, read_file
+from scripts.places import local_path as local_path  # which readers of data take from here
 
 # A file of a folder belongs to the split that its name has a word of, as on the hub.
 SPLIT_WORDS = {
@@ -81,13 +81,6 @@ def named_splits(cfg: Config, splits: list[str]) -> tuple[str, str | None]:
                 f"{', '.join(splits)}; did you mean {near[0] if near else 'other data'!r}?"
             )
     return train, test if test in splits else None
-
-
-def local_path(name: str) -> Path | None:
-    """The file or folder that `name` is on this machine: from the home folder (`~`), the current
-    one, or the project's; None if there is none."""
-    path = Path(os.path.expanduser(name))  # Path's own raises for the home of an unknown user
-    return next((p for p in (path, ROOT / path) if p.exists()), None)
 
 
 def looks_like_a_path(name: str) -> bool:
