@@ -584,7 +584,7 @@ def test_without_a_login_nothing_is_asked(api, tmp_path):
         client.login()
 
 
-@pytest.mark.parametrize("token", [jwt(time.time() - 5), "auto-login"])
+@pytest.mark.parametrize("token", [jwt(time.time() - 5), "auto-login"], ids=["past", "auto-login"])
 def test_an_expired_login_is_noticed_before_anything_is_asked(api, tmp_path, token):
     save_login(tmp_path, access_token=token)
     with pytest.raises(LaunchableError, match=r"expired: `brev ls` renews it, `brev login`"):

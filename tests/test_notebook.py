@@ -112,7 +112,7 @@ def test_resume_without_a_checkpoint_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
-    done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_format=orca")
+    done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_format=alpaca")
     assert done.returncode == 1
     assert "DataError: columns" in done.stdout and "fit no known format" in done.stdout
     assert "Traceback" not in done.stderr
