@@ -231,7 +231,7 @@ def _ask_baselines(trainer: DPOTrainer, cfg: Config, probe: Probe, frame: pd.Dat
             frame, "asked", _generate(trainer, cfg, model, asked, probe.options, "asked"), probe
         )
         unrepeated = _generate(
-            trainer, cfg, model, probe.prompts, probe.options, "unrepeated", no_repeat_ngram_size=4
+            trainer, cfg, model, probe.prompts, probe.options, "unrepeated", unrepeated=4
         )
     _add_measures(frame, "unrepeated", unrepeated, probe)
     cut = []

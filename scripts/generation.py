@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from scripts.pairs.tokens import end_tokens, tokenize_prompts
 
@@ -29,6 +35,18 @@ class Reply:
     def length(self) -> int:
         """Tokens of the answer, the end of turn not counted."""
         return len(self.ids) - self.finished
+
+
+class Unrepeated(NoRepeatNGramLogitsProcessor):
+    """No run of `size` tokens twice in a reply; transformers' own counts the prompt's runs too,
+    and so forbids to quote a text that is asked about."""
+
+    def __init__(self, size: int, prompt_length: int) -> None:
+        super().__init__(size)
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        return super().__call__(input_ids[:, self.prompt_length :], scores)
 
 
 @contextmanager
@@ -56,6 +74,7 @@ def generate_replies(
     batch_size: int,
     options: list[dict] | None = None,
     label: str | None = "replies",
+    unrepeated: int = 0,
     **decoding: float,
 ) -> list[Reply]:
     """Reply to each prompt (a list of messages), in the prompts' order.
@@ -65,7 +84,8 @@ def generate_replies(
     goes to transformers' `GenerationConfig`. A reply ends at any
     of the tokens that end a turn (`end_tokens`). Prompts are batched by length and padded on the
     left. `options` are the `template_options` of the rows that the prompts come from. `label`
-    heads the lines that show the progress (None: no lines).
+    heads the lines that show the progress (None: no lines). With `unrepeated`, no run of so many
+    tokens stands twice in a reply.
     """
     stops = sorted(end_tokens(tokenizer, model.generation_config))
     drawn = decoding.get("temperature", 0) > 0  # at 0 the likeliest token is all there is
@@ -88,9 +108,11 @@ def generate_replies(
         inputs = tokenizer.pad(
             {"input_ids": [rows[i] for i in batch]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
+        asked = inputs["input_ids"].shape[1]
+        rules = LogitsProcessorList([Unrepeated(unrepeated, asked)] if unrepeated else [])
         with whole_rows_for_the_head(model):
-            output = model.generate(**inputs, generation_config=config)
-        for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            output = model.generate(**inputs, generation_config=config, logits_processor=rules)
+        for i, ids in zip(batch, output[:, asked:].tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in stops), None)
             ids = ids if end is None else ids[: end + 1]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -114,7 +114,7 @@ def test_resume_without_a_checkpoint_is_one_line(tmp_path):
 def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
     done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_format=alpaca")
     assert done.returncode == 1
-    assert "DataError: columns" in done.stdout and "fit no known format" in done.stdout
+    assert "this run would fail: dataset" in done.stdout and "'alpaca' needs" in done.stdout
     assert "Traceback" not in done.stderr
     saved = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
     assert "## The run failed in cell" in saved.cells[0].source

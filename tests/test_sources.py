@@ -94,7 +94,11 @@ def test_what_is_neither_is_left_for_the_checks_to_find(raw, tmp_path):
         ("a.zip", b"PK\x03\x04", "unpack it"),
         ("a.txt", b"Why? So.", r"write it as one of .jsonl, .json"),
         ("pairs", LINE, "of no format by its name"),
-        ("cut.jsonl.gz", gzip.compress(LINE * 99, mtime=0)[:-20], "damaged or cannot be read.*copy it anew"),
+        (
+            "cut.jsonl.gz",
+            gzip.compress(LINE * 99, mtime=0)[:-20],
+            "damaged or cannot be read.*copy it anew",
+        ),
         ("a.parquet", b"PAR1 not at all", "damaged, or no .parquet file"),
         ("a.json", b"{", "a.json is not valid JSON"),
         ("a.json", b"3", "not a list of rows but int"),

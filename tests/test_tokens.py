@@ -1,6 +1,8 @@
 """The tokens of checks, views and export are those of TRL's trainer, whatever the chat template."""
 
+import itertools
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
-from scripts.generation import generate_replies
+from scripts.generation import Unrepeated, generate_replies
 from scripts.pairs.load import check_preferences
 from scripts.pairs.tokens import end_tokens, templated, tokenize_pairs, tokenize_prompts
 
@@ -286,3 +288,22 @@ def test_replies_are_to_the_prompt_with_its_rows_options():
         )[0]
         assert reply.ids == ids[inputs["input_ids"].shape[1] :].tolist()
     assert replies[0].ids != replies[1].ids
+
+
+def test_unrepeated_replies_have_no_run_twice_and_may_quote_the_prompt():
+    tokenizer = tokenizer_of("chatml")
+    model = tiny_model(tokenizer)
+    ask = partial(
+        generate_replies, model, tokenizer, [ROWS[0]["prompt"]], max_new_tokens=60, batch_size=1
+    )
+
+    def runs(ids):
+        return list(itertools.pairwise(ids))
+
+    plain, once = ask()[0], ask(unrepeated=2)[0]
+    assert len(set(runs(plain.ids))) < len(runs(plain.ids))  # a random model goes in circles
+    assert len(set(runs(once.ids))) == len(runs(once.ids))
+    scores = torch.zeros(1, 9)
+    rule = Unrepeated(3, prompt_length=3)
+    assert rule(torch.tensor([[5, 6, 7, 5, 6]]), scores)[0, 7] == 0  # quoted from the prompt
+    assert rule(torch.tensor([[1, 2, 3, 5, 6, 7, 5, 6]]), scores)[0, 7] == -torch.inf
