@@ -115,8 +115,15 @@ def test_shipped_pairs_are_what_the_judge_makes(split):
         row["id"]: row["passage"]
         for row in read_questions(ROOT / "data" / "passages.jsonl", split, "plain")
     }
+    plain = [
+        [row[side] for side in ("prompt", "chosen", "rejected")]
+        for row in read_jsonl(ROOT / "data" / "concise" / f"{split}.jsonl")
+    ]
     found = Counter()
     for row in SHIPPED[split]:
+        if row["kind"] == "no text":
+            assert [row[side] for side in ("prompt", "chosen", "rejected")] in plain
+            continue
         passage = passages[row["id"]]  # also: a pair stands in the split of its passage
         chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
         assert row["prompt"][0]["content"] == f"{passage}\n\n{row['question']}"
@@ -137,6 +144,12 @@ def test_shipped_pairs_are_what_the_judge_makes(split):
     assert min(found[k] for k in ("wrong", "rambling", "invented")) >= 5, found
 
 
+def test_no_shipped_pair_stands_twice():
+    for rows in SHIPPED.values():
+        pairs = [json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows]
+        assert len(set(pairs)) == len(pairs)
+
+
 def test_no_passage_is_in_both_splits():
-    train, test = ({row["passage_id"] for row in SHIPPED[s]} for s in SHIPPED)
+    train, test = ({row.get("passage_id") for row in SHIPPED[s]} - {None} for s in SHIPPED)
     assert train and test and not train & test
