@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,6 +24,7 @@ from trl import DPOTrainer
 
 from scripts.config import Config, load_config
 from scripts.training import assemble
+from tests.loopback import Quiet, serving
 
 VOCABULARY = 128_256
 SPECIAL = {
@@ -199,10 +199,10 @@ def tiny_trainer(tiny_run):
 def loopback():
     """Starts HTTP servers on 127.0.0.1. `answer(path, body)` gives (status, headers, body); the
     headers of each request are put into `seen`."""
-    servers = []
+    servers = ExitStack()
 
     def start(answer, seen: list | None = None) -> str:
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def respond(self) -> None:
                 if seen is not None:
                     seen.append(dict(self.headers))
@@ -219,19 +219,10 @@ def loopback():
 
             do_GET = do_POST = do_HEAD = respond
 
-            def log_message(self, *args) -> None:
-                pass
+        return servers.enter_context(serving(Handler))
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers:
+        yield start
 
 
 @pytest.fixture

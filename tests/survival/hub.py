@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
+
+from tests import loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # From method, path and how often that was asked before: None to answer as the hub does; (status,
@@ -72,7 +72,7 @@ def model_files(folder: Path) -> dict[str, bytes]:
 def serving(hub: Hub) -> Iterator[str]:
     """The address of a server that answers as `hub`."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(loopback.Quiet):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -113,18 +113,9 @@ def serving(hub: Hub) -> Iterator[str]:
 
         do_HEAD = do_POST = do_GET
 
-        def log_message(self, *args) -> None:
-            pass
-
         def handle(self) -> None:
             with suppress(OSError, ValueError):  # the connection that a "cut" closed
                 super().handle()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with loopback.serving(Handler) as address:
+        yield address
