@@ -29,6 +29,7 @@ COMMANDS = {
     "training": "train the adapter and save it",
     "evaluate": "measure a finished run's tuned model against its base model",
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
+    "serve": "ask a server of the tuned model the held-out questions, and compare its replies",
     "repeat": "repeat a run from its folder, and compare figure by figure",
     "doctor": "say in words what happened in a finished run, with the evidence and what to try",
     "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
@@ -190,7 +191,12 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 # The action that goes without saying, and all there are.
-ACTIONS = {"data": ("look", ("look", "check", "build")), "plan": ("run", ("run", "validate"))}
+ACTIONS = {
+    "data": ("look", ("look", "check", "build")),
+    "plan": ("run", ("run", "validate")),
+    "export": ("merge", ("merge", "prove", "gguf", "serve-files")),
+    "serve": ("check", ("check",)),
+}
 
 
 def _repeat() -> argparse.ArgumentParser:
@@ -258,6 +264,43 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(least_gap=0.0, pairs_per_prompt=1)
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=whole(1), default=8, help="held-out answers to score")
+
+
+def _questions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", type=whole(0),
+        help="so many of the evaluation's prompts (default: all)")  # fmt: skip
+
+
+def _prove(parser: argparse.ArgumentParser) -> None:
+    _export(parser)
+    _questions(parser)
+
+
+def _gguf(parser: argparse.ArgumentParser) -> None:
+    _prove(parser)
+    parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"],
+        choices=["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"],
+        help="files to write")  # fmt: skip
+
+
+def _serve_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--name", help="what the servers call the model (default: the run's name)")
+    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--url", required=True, help="the server, e.g. http://localhost:8000/v1")
+    add("--model", help="the model's name there (default: the only one that it lists)")
+    add("--workers", type=whole(1), default=4, help="questions asked at a time")
+    add("--timeout", type=number(0, 1e5, above=True), default=120.0, help="seconds for a reply")
+    add("--least-same", type=number(0, 1), default=0.0,
+        help="fail if a smaller share of the replies is the run's own")  # fmt: skip
+    _questions(parser)
+
+
 def _benchmark(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
@@ -299,6 +342,11 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "plan": _plan,
     "data build": _build,
     "evaluate": _evaluate,
+    "export": _export,
+    "export prove": _prove,
+    "export gguf": _gguf,
+    "export serve-files": _serve_files,
+    "serve": _serve,
     "doctor": _doctor,
     "lessons": _lessons,
     "benchmark": _benchmark,

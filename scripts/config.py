@@ -72,6 +72,9 @@ class RecipeArguments:
     loader_timeout: int = 600  # seconds that the next batch may take before training stops
     # Of the merged model; bfloat16 rounds a small update away.
     merge_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    # What a 4-bit run's adapter is merged into: the 4-bit weights written out, on which it was
+    # trained, or the original ones.
+    merge_into: Literal["dequantized", "original"] = "dequantized"
     wandb_project: str = "llama3-dpo"
 
 

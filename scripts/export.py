@@ -1,9 +1,11 @@
-"""Merge the adapter into 16-bit weights, and prove that the merged model is the same.
+"""Merge the adapter into 16-bit weights, and prove that the merged model is the one evaluated.
 
     python -m scripts.export --config outputs/<run>/config.yaml
 
 merges the saved adapter of a finished run; a run without one has its whole model written in 16
-bits, with the same proof.
+bits, with the same proof. `prove` holds every form that can leave against the evaluated policy, in
+one table; `gguf` writes the merged model for llama.cpp and Ollama, and `serve-files` what Ollama,
+vLLM and NIM need to serve it.
 """
 
 from __future__ import annotations
@@ -18,126 +20,131 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts.adapter import refuse_other_base, require_adapter
+from scripts.adapter import require_adapter
 from scripts.config import Config, RecipeError, config_from_args
 from scripts.data import load_preferences
-from scripts.hub import fetch
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.pairs.tokens import tokenize_pairs
+from scripts.probes import main_probe
+from scripts.shipping.forms import (
+    Scores,
+    build,
+    completion_logps,
+    evaluated_policy,
+    is_quantized,
+    mean_gap,
+    plain_model,
+    proof_table,
+    prove,
+    shipped_form,
+)
+from scripts.shipping.gguf import make_gguf, require_tools
+from scripts.shipping.serving import write_serving
 
-NOISE = 0.01  # nats a token: a merge this close is as good as 16-bit arithmetic can tell
+# Nats a token: a merge this close is as good as arithmetic can tell. Two ways of 16-bit arithmetic
+# scatter by less than 0.01; a policy on NF4 weights, in bfloat16, lies 0.03 from the very same
+# weights in float16 (default run, CPU, where bitsandbytes also rounds the scales to bfloat16).
+NOISE, NF4_NOISE = 0.01, 0.05
 
 
 class MergeError(RecipeError):
-    """The merged model does not say what the trained one says."""
-
-
-def _load(cfg: Config, path: str | Path, dtype: str) -> PreTrainedModel:
-    """A model in plain weights of `dtype`, on the GPU if there is one."""
-    return AutoModelForCausalLM.from_pretrained(
-        path,
-        revision=fetch(str(path), cfg.model.model_revision),
-        dtype=dtype,
-        use_safetensors=True,
-        device_map={"": cfg.dpo.device},
-    ).eval()
-
-
-@torch.no_grad()
-def completion_logps(model: PreTrainedModel, rows: list[dict]) -> list[torch.Tensor]:
-    """Log-probability of every token of `chosen_ids` after `prompt_ids`, one tensor a row.
-
-    One row at a time, and logits only where an answer's token is predicted, so that a vocabulary
-    of 128256 costs little memory. Each tensor is float32 of shape (answer tokens,), in nats.
-    """
-    scores = []
-    for row in rows:
-        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]], device=model.device)
-        answer = ids[0, len(row["prompt_ids"]) :]
-        logits = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
-        scores.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].cpu())
-    return scores
+    """The merged model does not say what the evaluated one says."""
 
 
 def merge_adapter(
-    cfg: Config, base: str, trained: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
-) -> tuple[Path, PreTrainedModel, dict[str, float]]:
-    """Merge the adapter in `trained` into the 16-bit `base`, save, reload from disk, and compare.
+    cfg: Config, base: str, trained: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict],
+    policy: Scores | None = None,
+) -> tuple[Path, PreTrainedModel, dict[str, float]]:  # fmt: skip
+    """Merge the adapter in `trained` into `base`, save, reload from disk, and compare.
 
-    float16 rather than bfloat16: it keeps three more bits of each weight, and what training adds to
-    a weight is small beside it. The weights of a Llama lie well within float16's range.
+    Merged are 16-bit weights: 4-bit ones would round the adapter away with them. `merge_into` says
+    which: the 4-bit weights written out in 16 bits, on which the adapter was trained, or the
+    original ones. float16 rather than bfloat16: it keeps three more bits of each weight, and what
+    training adds to a weight is small beside it. The weights of a Llama lie well within its range.
 
-    Merging into the 4-bit weights would round the adapter away with them; the base is loaded
-    again in 16 bits instead. `rows` (tokenised pairs) are scored by base, by the trained model,
-    and by the merged model read back from disk.
+    `rows` (tokenised pairs) are scored by the policy that was evaluated, by its reference, and by
+    the merged model read back from disk; `policy` are the scores of the first two, where they are
+    known already.
 
     In a run without an adapter the trained model is the one in `trained`, and the merged one is
-    that with its weights in 16 bits. All are then scored in float32: two ways of 16-bit arithmetic
-    differ by more than the rounding of the weights, which is in question here.
+    that with its weights in 16 bits.
 
     Returns:
         The folder `merged/`, the reloaded model, and the mean absolute differences per token, in
-        nats: `effect` (trained against base: what training changed) and `error` (merged against
-        trained: what merging changed, 16-bit rounding).
+        nats: `effect` (policy against reference: what training changed) and `error` (merged against
+        policy: what leaving NF4 and merging changed).
 
     Raises:
-        MergeError: `error` is more than a tenth of `effect`, and more than 16-bit arithmetic
-            itself scatters (`NOISE`), so that a run of a few steps can be merged too.
+        MergeError: `error` is more than a tenth of `effect`, and more than arithmetic itself
+            scatters (`NOISE`), so that a run of a few steps can be merged too. Where the config
+            asks for the original weights in place of 4-bit ones, the bound is half of `effect`:
+            nearer to the tuned policy than to the untrained one.
     """
     target, trial = cfg.run_dir / "merged", cfg.run_dir / "merged.unproved"
-    dtype = cfg.recipe.merge_dtype
-    scored_in = dtype if cfg.model.use_peft else "float32"
-    model = _load(cfg, base, scored_in)
-    plain = completion_logps(model, rows)
-    if cfg.model.use_peft:
-        refuse_other_base(trained, str(base))
-        model = PeftModel.from_pretrained(model, trained).eval()
-        tuned = completion_logps(model, rows)
-        model = model.merge_and_unload(safe_merge=True)
-    else:
-        del model
-        model = _load(cfg, trained, scored_in)
-        tuned = completion_logps(model, rows)
-        model = model.to(getattr(torch, dtype))
+    form = shipped_form(cfg)
+    policy = policy or evaluated_policy(cfg, base, trained, rows)
+    free_memory()
+    model = build(cfg, base, trained, form)
     shutil.rmtree(trial, ignore_errors=True)
     model.save_pretrained(trial)
     tokenizer.save_pretrained(trial)
     del model
     free_memory()
-    reloaded = _load(cfg, trial, scored_in)
-    again = completion_logps(reloaded, rows)
-    report = {"effect": _mean_gap(tuned, plain), "error": _mean_gap(again, tuned)}
-    if not report["error"] <= max(0.1 * report["effect"], NOISE):
+    # Without an adapter arithmetic must not pass for rounding: there the policy's is float32 too.
+    reloaded = plain_model(cfg, trial, form.dtype if cfg.model.use_peft else "float32")
+    error = mean_gap(completion_logps(reloaded, rows), policy.policy)
+    report = {"effect": policy.effect, "error": error}
+    moved_away = is_quantized(cfg) and form.weights == "original"
+    noise = NF4_NOISE if is_quantized(cfg) else NOISE
+    if not error <= max((0.5 if moved_away else 0.1) * policy.effect, noise):
         shutil.rmtree(trial)
         raise MergeError(
-            f"log-probabilities of the merged and the trained model differ by "
-            f"{report['error']:.4f} nats a token, training changed them by "
-            f"{report['effect']:.4f}; do not use it: it is deleted, and an earlier one is kept"
+            f"log-probabilities of the merged model and of the evaluated one differ by {error:.4f} "
+            f"nats a token, training changed them by {policy.effect:.4f}; do not use it: it is "
+            "deleted, and an earlier one is kept. `python -m scripts.export prove` tells which "
+            "merge_into and merge_dtype come nearer"
         )
     shutil.rmtree(target, ignore_errors=True)  # an earlier merge goes only once this one is proved
     trial.rename(target)
-    return target, reloaded.to(getattr(torch, dtype)), report
-
-
-def _mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return (torch.cat(a) - torch.cat(b)).abs().mean().item()
+    return target, reloaded.to(getattr(torch, form.dtype)), report
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.action == "gguf":
+        require_tools()
     cfg = config_from_args(args)
     if cfg.dpo.world_size > 1:
         raise RecipeError("a merge is the work of one process: python -m scripts.export ...")
     trained = require_adapter(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
+    if args.action == "serve-files":
+        folder, remarks = write_serving(cfg, tokenizer, args.name, args.system)
+        print("\n".join([*remarks, f"written: {folder}; its README.md has the commands"]))
+        return
     test = load_preferences(cfg, tokenizer)["test"]
-    rows = tokenize_pairs(test.select(range(min(8, len(test)))).to_list(), tokenizer)
-    target, _, report = merge_adapter(cfg, path, trained, tokenizer, rows)
-    print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")
-    print(f"merging {report['error']:.4f})")
+    rows = tokenize_pairs(test.select(range(min(args.rows, len(test)))).to_list(), tokenizer)
+    if args.action == "merge":
+        target, _, report = merge_adapter(cfg, path, trained, tokenizer, rows)
+        print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")
+        print(f"leaving training's weights and merging {report['error']:.4f})")
+        return
+    probe = main_probe(cfg, test)
+    if args.action == "prove":
+        frame = prove(cfg, path, trained, tokenizer, rows, probe, args.questions)
+        effect = frame.attrs["effect"]
+        print(f"this config ships: {shipped_form(cfg).name}")
+    else:
+        policy = evaluated_policy(cfg, path, trained, rows)
+        frame, effect = (
+            make_gguf(cfg, tokenizer, rows, probe, args.types, policy, args.questions),
+            policy.effect,
+        )
+    frame.to_json(cfg.run_dir / f"{args.action}.json", orient="records", indent=2)
+    print(f"training moved a token of {len(rows)} held-out answers by {effect:.4f} nats on average")
+    print(proof_table(frame).to_string())
 
 
 if __name__ == "__main__":

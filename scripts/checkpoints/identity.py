@@ -36,7 +36,7 @@ HARMLESS = {
     "activation_checkpointing_kwargs", "activation_offloading",
     # the recipe's own
     "max_new_tokens", "generation_batch_size", "eval_prompts", "eval_samples", "merge_dtype",
-    "wandb_project", "on_bad_rows", "loader_timeout", "ignore_bias_buffers",
+    "merge_into", "wandb_project", "on_bad_rows", "loader_timeout", "ignore_bias_buffers",
 }  # fmt: skip
 HARMLESS_PREFIXES = (
     "hub_",

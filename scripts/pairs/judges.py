@@ -190,6 +190,8 @@ class Endpoint:
     reply that names no winner, up to three times.
     """
 
+    who = "judge"  # as messages call it
+
     def __init__(self, url: str, model: str, *, pairs: int = 1, timeout: float = 60.0,
                  retries: int = 6, backoff: float = 1.0, workers: int = 8) -> None:  # fmt: skip
         self.name, self.workers = f"endpoint:{model}", workers
@@ -216,7 +218,7 @@ class Endpoint:
         try:
             requests.get(models, headers=self.session.headers, timeout=(CONNECT, FIRST))
         except requests.RequestException as error:
-            raise JudgeError(f"the judge at {self.url} does not answer: {error}") from None
+            raise JudgeError(f"the {self.who} at {self.url} does not answer: {error}") from None
 
     @property
     def settings(self) -> dict:
@@ -250,18 +252,29 @@ class Endpoint:
         return "unclear"
 
     def _reply(self, body: dict) -> str:
+        answer = self.ask(body)
+        return str(answer["message"]["content"]) if answer else ""  # as good as no verdict
+
+    def ask(self, body: dict) -> dict | None:
+        """The first choice of the chat completion `body`, with its `message`.
+
+        None if the connection broke in the middle, or the answer is no chat completion.
+
+        Raises:
+            JudgeError: the endpoint cannot be reached, or refuses.
+        """
+        where = f"the {self.who} at {self.url}"
         try:
             response = self.session.post(self.url, json=body, timeout=(CONNECT, self.timeout))
         except requests.exceptions.ChunkedEncodingError:
-            return ""  # the connection broke in the middle of the answer
+            return None
         except requests.RequestException as error:
-            raise JudgeError(f"the judge at {self.url} does not answer: {error}") from None
+            raise JudgeError(f"{where} does not answer: {error}") from None
         if response.status_code != 200:
             fix = " (set OPENAI_API_KEY)" if response.status_code in (401, 403) else ""
-            raise JudgeError(
-                f"the judge at {self.url} said {response.status_code}{fix}: {response.text[:200]}"
-            )
+            raise JudgeError(f"{where} said {response.status_code}{fix}: {response.text[:200]}")
         try:
-            return str(response.json()["choices"][0]["message"]["content"])
+            answer = response.json()["choices"][0]
+            return answer if "content" in answer["message"] else None
         except (json.JSONDecodeError, LookupError, TypeError):
-            return ""  # as good as no verdict: ask again
+            return None

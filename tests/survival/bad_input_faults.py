@@ -109,6 +109,7 @@ VALUES: dict[str, list[str]] = {
     "wandb_project": ["''", "a/b", "a#b", "3"],
     "run_name": ["3", "''"],
     "merge_dtype": ["int7", "float8", "null", "bf16"],
+    "merge_into": ["nf4", "orig", "null", "1"],
     "prefix_sharing": ["perhaps"],
     "prefix_attention": ["flash", "1"],
     "output_dir": ["''", "3", ".", "/", "data", "/dev/null/run", "README.md", "/proc/run"],
