@@ -26,6 +26,7 @@ from scripts.config import Config, RecipeError, config_from_args
 from scripts.data import load_preferences
 from scripts.hub import fetch
 from scripts.model import free_memory, load_tokenizer, resolve_model
+from scripts.monitoring.progress import Progress
 from scripts.pairs.tokens import tokenize_pairs
 
 NOISE = 0.01  # nats a token: a merge this close is as good as 16-bit arithmetic can tell
@@ -90,11 +91,19 @@ def merge_adapter(
     target, trial = cfg.run_dir / "merged", cfg.run_dir / "merged.unproved"
     dtype = cfg.recipe.merge_dtype
     scored_in = dtype if cfg.model.use_peft else "float32"
+    bar = Progress(6, patience=3)
+
+    def tell(done: int, text: str) -> None:
+        bar.show(done, f"merging: {text}, {bar.seconds:.0f} s")
+
+    tell(0, "the base is read in 16 bits")
     model = _load(cfg, base, scored_in)
+    tell(1, "the base is scored")
     plain = completion_logps(model, rows)
     if cfg.model.use_peft:
         refuse_other_base(trained, str(base))
         model = PeftModel.from_pretrained(model, trained).eval()
+        tell(2, "the tuned model is scored")
         tuned = completion_logps(model, rows)
         model = model.merge_and_unload(safe_merge=True)
     else:
@@ -102,13 +111,17 @@ def merge_adapter(
         model = _load(cfg, trained, scored_in)
         tuned = completion_logps(model, rows)
         model = model.to(getattr(torch, dtype))
+    tell(3, "the merged model is written")
     shutil.rmtree(trial, ignore_errors=True)
     model.save_pretrained(trial)
     tokenizer.save_pretrained(trial)
     del model
     free_memory()
+    tell(4, "the merged model is read back")
     reloaded = _load(cfg, trial, scored_in)
+    tell(5, "the merged model is scored")
     again = completion_logps(reloaded, rows)
+    tell(6, "through")
     report = {"effect": _mean_gap(tuned, plain), "error": _mean_gap(again, tuned)}
     if not report["error"] <= max(0.1 * report["effect"], NOISE):
         shutil.rmtree(trial)

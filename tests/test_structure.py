@@ -16,8 +16,8 @@ ORDER = [
     "cli", "values", "places", "rules", "config", "checkpoints", "hub", "measures",
     "pairs.reading", "plots", "monitoring", "origins", "login", "model", "generation",
     "pairs.building", "sharing", "planning", "data", "adapter", "training", "planning.trying",
-    "preflight", "probes", "evaluate", "doctor", "lessons", "export", "plan", "benchmark", "run",
-    "repeat",
+    "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "export", "plan",
+    "benchmark", "headless", "run", "repeat", "site",
     "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {
