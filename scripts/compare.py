@@ -13,12 +13,14 @@ if __name__ == "__main__":
     ARGS = cli.parse("compare")  # before the libraries load, so that --help is answered at once
 
 import argparse
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from scripts.cli import RecipeError
 from scripts.doctor import RunFolder, read_run
 from scripts.evaluate import MEASURES, compared, show
 from scripts.plots import compared_runs, save
@@ -150,10 +152,15 @@ def _same_prompts(folders: list[Path]) -> pd.DataFrame | None:
 
 
 def other_runs(run_dir: str | Path) -> list[Path]:
-    """The runs in the folders beside `run_dir`, the newest first."""
+    """The runs in the folders beside `run_dir` that can be read, the newest first."""
     run_dir = Path(run_dir).resolve()
     logs = [log for log in run_dir.parent.glob("*/metrics.jsonl") if log.parent != run_dir]
-    return [log.parent for log in sorted(logs, key=lambda log: -log.stat().st_mtime)]
+    found = []
+    for log in sorted(logs, key=lambda log: -log.stat().st_mtime):
+        with suppress(RecipeError):
+            read_run(log.parent)
+            found.append(log.parent)
+    return found
 
 
 def main(args: argparse.Namespace) -> None:

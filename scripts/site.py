@@ -3,8 +3,8 @@
     python -m scripts.site            # outputs/site/index.html
 
 Sphinx with MyST-NB and the Furo theme, which follows the reader's light or dark setting. Nothing is
-executed. A link or an anchor that leads nowhere fails the build. Equations are set by MathJax in the
-reader's browser, from its usual address or from `--mathjax`.
+executed. A link or an anchor that leads nowhere fails the build. Equations are set by MathJax in
+the reader's browser, from its usual address or from `--mathjax`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def build(out: Path, mathjax: str | None = None) -> Path:
     try:
         from sphinx.application import Sphinx
     except ImportError:
-        raise SiteError("Sphinx is missing: .venv/bin/pip install -r requirements-dev.txt") from None
+        raise SiteError("no Sphinx: .venv/bin/pip install -r requirements-dev.txt") from None
     if out.exists() and any(out.iterdir()) and not (out / ".buildinfo").is_file():
         raise SiteError(f"{out} holds something else than a site; give another --out")
     shutil.rmtree(out, ignore_errors=True)
