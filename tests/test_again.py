@@ -79,12 +79,12 @@ def test_a_broken_off_training_without_a_checkpoint_is_not_gone_on_with(tiny_run
 def test_a_second_trainer_over_one_model_is_refused(tiny_run):
     trainer, cfg = tiny_run()
     model, tokenizer = trainer.model.get_base_model(), trainer.processing_class
-    with pytest.raises(RecipeError, match="a trainer's already.*load it again"):
+    with pytest.raises(RecipeError, match=r"a trainer.s already.*load it again"):
         build_trainer(cfg, model, tokenizer, load_preferences(cfg, tokenizer))
 
 
 def test_results_of_one_config_do_not_go_into_the_folder_of_another(tiny_run, tiny_cfg, tmp_path):
-    trainer, cfg = tiny_run(max_steps=1)
+    trainer, _ = tiny_run(max_steps=1)
     trainer.train()
     other = tiny_cfg(max_steps=1, beta=0.3, output_dir=str(tmp_path / "other"))
     for wrong in (lambda: save_adapter(trainer, other), lambda: evaluate(trainer, other, None)):
