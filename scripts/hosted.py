@@ -37,31 +37,17 @@ def install() -> None:
         HostedError: pip failed; or a library that this kernel has loaded was replaced, so the
             kernel must be started again.
     """
-    loaded = {
-        name: module.__version__
-        for name, module in sys.modules.items()
-        if isinstance(getattr(module, "__version__", None), str)
-    }
     has_torch = importlib.util.find_spec("torch") is not None
     pins = wanted((ROOT / "requirements.txt").read_text(), has_torch)
+    names = (re.split(r"[=<>~!; ]", pin)[0] for pin in pins)
+    loaded = {n: getattr(sys.modules[n], "__version__", None) for n in names if n in sys.modules}
     command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", *pins]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise HostedError(f"pip could not install the requirements: {done.stderr.strip()[-500:]}")
-    replaced = [n for n in loaded if _version(n) not in (None, loaded[n]) and n in _names(pins)]
+    replaced = [name for name, was in loaded.items() if was not in (None, metadata.version(name))]
     if replaced:
         raise HostedError(
             f"{', '.join(replaced)} had been loaded and was replaced: restart the session (the "
             "kernel), and run all cells again"
         )
-
-
-def _names(pins: list[str]) -> set[str]:
-    return {re.split(r"[=<>~!; ]", pin)[0] for pin in pins}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
