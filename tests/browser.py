@@ -122,9 +122,8 @@ LAYOUT = """() => {
   };
   for (const image of notebook.querySelectorAll('.jp-OutputArea-output img')) {
     if (!image.naturalWidth) say(image, 'a figure is not shown');
-    // what JupyterLab itself puts there: "No description has been provided for this image"
-    if (!image.alt || image.alt.startsWith('No description'))
-      say(image, 'a figure has no alternative text');
+    // JupyterLab itself writes "Image" where a page has nothing.
+    if (['', 'Image'].includes(image.alt)) say(image, 'a figure has no alternative text');
     if (box(image).right > box(image.closest('.jp-OutputArea')).right + 1)
       say(image, 'a figure is wider than the page');
     const scale = box(image).width / image.naturalWidth;

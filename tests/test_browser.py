@@ -30,6 +30,14 @@ STATE = """() => {
 }"""
 
 
+WATCH = """() => {
+  window.bars = {};
+  setInterval(() => document.querySelectorAll('progress').forEach(bar => {
+    window.bars[bar.getAttribute('aria-label')] = bar.getBoundingClientRect().width;
+  }), 100);
+}"""
+
+
 @pytest.fixture(scope="module")
 def page_opener():
     with browser.chromium() as one:
@@ -89,7 +97,11 @@ def tiny_parameters(tiny_llama3, tmp_path) -> dict:
 
 
 def run_all(page, timeout: float) -> None:
-    """Run, Run All Cells in the menu, and wait until the last one is through or one failed."""
+    """Run, Run All Cells in the menu, and wait until the last one is through or one failed.
+
+    Bars that are seen on the way are noted in the page, as `bars`.
+    """
+    page.evaluate(WATCH)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.wait_for_function(
@@ -99,8 +111,11 @@ def run_all(page, timeout: float) -> None:
     )  # fmt: skip
 
 
-def in_browser(lab: browser.Lab, opener, tmp_path: Path, name: str, minutes: float) -> str:
-    """Run the notebook and look at it; returns the text of all its outputs."""
+def in_browser(lab: browser.Lab, opener, tmp_path: Path, name: str, minutes: float):
+    """Run the notebook and look at it.
+
+    Returns the text of all its outputs, and the bars that were seen: their words and width in px.
+    """
     with lab.running():
         page = lab.open(opener, name, WIDTHS[0])
         page.evaluate("jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
@@ -118,7 +133,8 @@ def in_browser(lab: browser.Lab, opener, tmp_path: Path, name: str, minutes: flo
             "[...document.querySelectorAll('.jp-OutputArea-output')].map(o => o.innerText)"
         )
         assert page.locator(".jp-OutputArea-output img").count() >= 1
-    return "\n".join(texts)
+        bars = page.evaluate("window.bars")
+    return "\n".join(texts), bars
 
 
 @pytest.mark.slow
@@ -126,9 +142,11 @@ def test_the_main_notebook_runs_in_a_browser(page_opener, tmp_path, tiny_paramet
     lab = browser.Lab(tmp_path)
     folder = str(tmp_path / "outputs" / "run")
     lab.parameters(NOTEBOOKS[0], {"overrides": tiny_parameters, "output_dir": folder})
-    said = in_browser(lab, page_opener, tmp_path, NOTEBOOKS[0], minutes=4)
+    said, bars = in_browser(lab, page_opener, tmp_path, NOTEBOOKS[0], minutes=4)
     # One line that was updated in place, not one a step.
-    assert said.count("step   12/12") == 1 and "step    1/12" not in said
+    assert said.count("step 12/12") == 1 and "step 1/12" not in said
+    steps = [words for words in bars if words.startswith("step")]
+    assert len(steps) > 3 and all(bars[words] > 400 for words in steps)
     assert "base: 2/2 replies" in said
 
 
@@ -137,5 +155,6 @@ def test_the_notebook_on_data_runs_in_a_browser(page_opener, tmp_path):
     lab = browser.Lab(tmp_path)
     values = {"output_dir": str(tmp_path / "out"), "prompts_to_sample": 4}
     lab.parameters(NOTEBOOKS[1], values)
-    said = in_browser(lab, page_opener, tmp_path, NOTEBOOKS[1], minutes=4)
+    said, bars = in_browser(lab, page_opener, tmp_path, NOTEBOOKS[1], minutes=4)
     assert "sampled 24/24 answers" in said
+    assert [words for words in bars if words.startswith("batch: 0/24 replies")]

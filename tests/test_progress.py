@@ -54,8 +54,8 @@ def test_a_notebook_has_one_bar_that_is_redrawn(kernel):
     last = updates[-1]
     assert last["transient"] == first["transient"]
     assert last["data"]["text/plain"] == "<2> of 2"
-    assert 'value="2" max="2"' in last["data"]["text/html"]
-    assert "&lt;2&gt; of 2" in last["data"]["text/html"]
+    assert 'value="0" max="2"' in first["data"]["text/html"]
+    assert last["data"]["text/html"] == '<div style="text-align:left">&lt;2&gt; of 2</div>'
     assert last["metadata"] == {LINE: True}
 
 

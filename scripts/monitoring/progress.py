@@ -18,8 +18,8 @@ class Progress:
     """One bar of `total` with a line of text below it.
 
     A notebook shows it from the first `show` on, or, if that comes within `patience` seconds of the
-    start, from the first one after them; what is through by then is not shown at all. It is kept
-    with the notebook as it was last. Outside a notebook the text is printed now and then, and when
+    start, from the first one after them; what is through by then is not shown at all. The line is
+    kept with the notebook as it was last, without the bar once all is done. Outside a notebook the text is printed now and then, and when
     all is done.
 
     Example:
@@ -62,10 +62,13 @@ class Progress:
         words = html.escape(text)
         # A `progress` follows the page's light or dark; readers that leave it out keep the words.
         bar = (
-            f'<div style="text-align:left"><progress aria-label="{words}" value="{done:g}" '
-            f'max="{self.total:g}" style="width:100%;max-width:40em"></progress><br>{words}</div>'
-        )
-        shown = {"text/plain": text, "text/html": bar}
+            f'<progress aria-label="{words}" value="{done:g}" max="{self.total:g}" '
+            'style="width:100%;max-width:40em"></progress><br>'
+        ) * (done < self.total)
+        shown = {
+            "text/plain": text,
+            "text/html": f'<div style="text-align:left">{bar}{words}</div>',
+        }
         if self._handle is None:
             self._handle = display(shown, raw=True, display_id=True, metadata={LINE: line})
         else:
