@@ -19,8 +19,8 @@ class Progress:
 
     A notebook shows it from the first `show` on, or, if that comes within `patience` seconds of the
     start, from the first one after them; what is through by then is not shown at all. The line is
-    kept with the notebook as it was last, without the bar once all is done. Outside a notebook the text is printed now and then, and when
-    all is done.
+    kept with the notebook as it was last, without the bar once all is done. Outside a notebook the
+    text is printed now and then, and when all is done.
 
     Example:
         >>> bar = Progress(len(rows))
