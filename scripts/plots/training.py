@@ -79,7 +79,9 @@ def training_curves(history: pd.DataFrame) -> Figure:
             axis.set_title(text, loc="left")
         handles = [h for a in (margin, accuracy) for h in a.get_legend_handles_labels()[0]]
         margin.legend(handles=handles, loc="lower right")
-        loss.legend()
+        low, high = loss.get_ylim()
+        loss.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the line at ln 2
+        loss.legend(loc="upper right")
         rewards.legend()
         margin.set_xlabel("optimiser step")
         last.set_xlabel("optimiser step")
