@@ -93,8 +93,12 @@ def build(out: Path, mathjax: str | None = None) -> Path:
 
 def _gather(source: Path) -> None:
     """Copy what the site is made of, and what it links to, to `source`."""
-    names = (".*", "outputs", "wandb", "__pycache__", "tests")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*names))
+    for folder in ("configs", "data", "notebooks"):
+        hidden = shutil.ignore_patterns(".*")
+        shutil.copytree(ROOT / folder, source / folder, ignore=hidden)
+    for file in ROOT.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copy(file, source)
     (source / "index.md").write_text(INDEX)
 
 

@@ -35,8 +35,12 @@ class Lab:
     def __init__(self, folder: Path) -> None:
         self.folder, self.root, self.token = folder, folder / "repository", secrets.token_hex(8)
         self._opened = 0
-        names = (".*", "outputs", "wandb", "__pycache__", "node_modules")
-        shutil.copytree(ROOT, self.root, ignore=shutil.ignore_patterns(*names))
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in names.splitlines():
+            if (ROOT / name).is_file():
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, self.root / name)
 
     def set(self, plugin: str, **values: object) -> None:
         """Write settings as a user would in the settings editor."""
