@@ -20,6 +20,7 @@ from peft import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 
+from scripts.checkpoints.identity import differences, settings
 from scripts.checkpoints.store import put_in_place
 from scripts.checkpoints.trouble import told
 from scripts.cli import RecipeError
@@ -42,12 +43,35 @@ def trained_folder(cfg: Config) -> Path:
     return cfg.run_dir / ("adapter" if cfg.model.use_peft else "model")
 
 
+def refuse_stale(trainer: DPOTrainer, cfg: Config) -> None:
+    """Raise an `AdapterError` if `trainer` was built from another config than `cfg`.
+
+    In a notebook the config's cell may have been run again, with other values, after the trainer
+    was built: its results would then go into the other run's folder.
+    """
+    if trainer.args is cfg.dpo:
+        return
+    then = {"config": getattr(trainer, "settings", None) or {}}
+    found = differences(then, {"config": settings(cfg)})
+    if Path(trainer.args.output_dir) != cfg.run_dir:
+        found.append(f"the run folder was {trainer.args.output_dir} and is {cfg.run_dir}")
+    if found:
+        raise AdapterError(
+            f"the trainer was built from another config: {'; '.join(found[:4])}. Load the model "
+            "and build the trainer again, or put the config back"
+        )
+
+
 def save_adapter(trainer: DPOTrainer, cfg: Config) -> Path:
     """Save what training made, and the tokenizer; call it as soon as training is through.
 
     Returns:
         The folder: `adapter/`, or `model/` with the whole model of a run without an adapter.
+
+    Raises:
+        AdapterError: `cfg` is not the config that was trained.
     """
+    refuse_stale(trainer, cfg)
     target = trained_folder(cfg)
     if cfg.is_main_process:
         part = target.with_name(f".{target.name}.part")

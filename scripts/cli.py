@@ -32,9 +32,11 @@ COMMANDS = {
     "serve": "ask a server of the tuned model the held-out questions, and compare its replies",
     "repeat": "repeat a run from its folder, and compare figure by figure",
     "doctor": "say in words what happened in a finished run, with the evidence and what to try",
+    "compare": "show two runs side by side: settings, figures with intervals, curves",
     "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
     "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
+    "site": "build the web site of README and notebooks",
     "launchable": "check, render, create and update the Brev launchable",
 }
 
@@ -64,6 +66,12 @@ class InputError(RecipeError):
     """A mistake in what the user gave: a config, an override, a path. Nothing was loaded yet."""
 
     exit_code = 2  # as argparse ends after a mistyped option
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel, with a reader or headless."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -163,7 +171,7 @@ def argument_parser(name: str, **more) -> argparse.ArgumentParser:
     return parser
 
 
-WITHOUT_CONFIG = ("doctor",)  # takes a finished run's folder
+WITHOUT_CONFIG = ("doctor", "compare", "site")  # which are not about a run to be made
 
 
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -316,6 +324,19 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="outputs/<run name>")
 
 
+def _compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run_a", type=Path, metavar="RUN_A", help="outputs/<run name>")
+    add("run_b", type=Path, metavar="RUN_B", help="the other run's folder")
+    add("--figure", type=Path, help="write the curves of both as a PNG")
+
+
+def _site(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("outputs/site"), help="folder to fill")
+    add("--mathjax", metavar="URL", help="where pages load MathJax from (default: its usual CDN)")
+
+
 def _lessons(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write")
@@ -348,6 +369,8 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export serve-files": _serve_files,
     "serve": _serve,
     "doctor": _doctor,
+    "compare": _compare,
+    "site": _site,
     "lessons": _lessons,
     "benchmark": _benchmark,
     "acceptance": _acceptance,

@@ -11,7 +11,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import hashlib
+import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,9 +29,10 @@ from scripts.cli import ROOT, InputError
 from scripts.cli import RecipeError as RecipeError  # which a config's readers take from here
 from scripts.places import check_dataset, check_model, check_run_folder
 from scripts.rules import contradictions
-from scripts.values import BadValue, checked, hints_of, missing_package, shown
+from scripts.values import BadValue, checked, hints_of, is_harmless, missing_package, shown
 
 MOST_BRACKETS = 1000
+MOST_CHANGES, LONGEST_CHANGES = 4, 80  # overrides, and letters of them, in a run's name
 
 
 class ConfigError(InputError):
@@ -194,20 +198,7 @@ def load_config(
         PlaceError: the model's folder is damaged, the run folder cannot be written to, or the
             dataset is not there.
     """
-    path, values = _read_file(path)
-    if not isinstance(overrides, dict | None):
-        raise ConfigError(
-            f"overrides must be a mapping such as {{'beta': 0.2}}, got {shown(overrides)}"
-        )
-    given = {key: _checked(path.name, key, value) for key, value in values.items()}
-    overrides = (overrides or {}) | ({"output_dir": output_dir} if output_dir is not None else {})
-    given |= {key: _checked("override", key, value) for key, value in overrides.items()}
-    given.setdefault("output_dir", f"outputs/{path.stem}")
-    other_data = given.get("dataset_name") != values.get("dataset_name")
-    if other_data and "max_length" not in overrides:
-        given["max_length"] = AUTO
-    if other_data and "questions" not in overrides:
-        given.pop("questions", None)
+    path, given = _given(path, overrides, output_dir)
     if given.get("max_length") == AUTO and given.get("resume_from_checkpoint"):
         given["max_length"] = _length_of_run(Path(given["output_dir"]) / "config.yaml")
     for key, value in given.items():
@@ -227,6 +218,78 @@ def load_config(
     if not may_lack_gpu:
         check_places(cfg)
     return cfg
+
+
+def _given(
+    path: str | Path, overrides: dict[str, Any] | None, output_dir: str | None
+) -> tuple[Path, dict[str, Any]]:
+    """The config file, and the values that it and the overrides give, checked one by one."""
+    path, values = _read_file(path)
+    if not isinstance(overrides, dict | None):
+        raise ConfigError(
+            f"overrides must be a mapping such as {{'beta': 0.2}}, got {shown(overrides)}"
+        )
+    file = {key: _checked(path.name, key, value) for key, value in values.items()}
+    overrides = (overrides or {}) | ({"output_dir": output_dir} if output_dir is not None else {})
+    given = file | {key: _checked("override", key, value) for key, value in overrides.items()}
+    given.setdefault("output_dir", f"outputs/{run_name(path.stem, file, given)}")
+    other_data = given.get("dataset_name") != values.get("dataset_name")
+    if other_data and "max_length" not in overrides:
+        given["max_length"] = AUTO
+    if other_data and "questions" not in overrides:
+        given.pop("questions", None)
+    return path, given
+
+
+def run_name(stem: str, file: dict[str, Any], given: dict[str, Any]) -> str:
+    """The run's name: that of its config, and what `given` says otherwise than the `file`.
+
+    Only what the trained weights depend on is in it, so a run that goes on with another way to log
+    or to save goes on in its own folder. Many or long values are told by a digest.
+
+    Example:
+        >>> run_name("llama3-8b-a100", {"beta": 0.1}, {"beta": 0.2})
+        'llama3-8b-a100-beta-0.2'
+    """
+    changed = {
+        key: value
+        for key, value in sorted(given.items())
+        if not is_harmless(key) and (key not in file or file[key] != value)
+    }
+    words = [f"{key}-{_as_name(value)}" for key, value in changed.items()]
+    name = "-".join([stem, *words])
+    if len(name) - len(stem) <= LONGEST_CHANGES and len(words) <= MOST_CHANGES:
+        return name
+    digest = hashlib.sha256(json.dumps(changed, default=str).encode()).hexdigest()[:8]
+    return f"{stem}-{digest}"
+
+
+def _as_name(value: Any) -> str:
+    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
+
+
+def refuse_changed(
+    cfg: Config, path: str | Path, overrides: dict[str, Any] | None, output_dir: str | None
+) -> None:
+    """Raise a `ConfigError` if `cfg` is not what `load_config` would make of these any more.
+
+    For a notebook, where a value can be changed without running what depends on it. The config is
+    not built again: that would reset what a trainer in the same process stands on.
+    """
+    _, now = _given(path, overrides, output_dir)
+    then = cfg.given
+    found = [
+        f"`{key}` is {shown(now.get(key))} there and {shown(then.get(key))} here"
+        for key in dict.fromkeys([*now, *then])
+        if now.get(key) != then.get(key)
+        and not (key == "max_length" and now.get(key) == AUTO)
+        and key != "resume_from_checkpoint"
+    ]
+    if found:
+        raise ConfigError(
+            f"the first cell asks for another run: {'; '.join(found[:4])}. Run the cells from "
+            "there to this one again (Run, Run All Above Selected Cell), or put the values back"
+        )
 
 
 def check_places(cfg: Config) -> None:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from scripts.adapter import load_adapter, require_adapter
+from scripts.adapter import load_adapter, refuse_stale, require_adapter
 from scripts.config import Config, config_from_args
 from scripts.generation import Reply, generate_replies
 from scripts.measures.grounded import split_sentences
@@ -39,6 +39,7 @@ from scripts.measures.statistics import DRAWS, aims_of, bootstrap
 from scripts.measures.text import repeated_ngram_share
 from scripts.measures.winrate import length_controlled
 from scripts.model import free_memory, load_model
+from scripts.monitoring.progress import Progress
 from scripts.pairs.build import Judge, make_judge
 from scripts.pairs.report import length_bias
 from scripts.probes import Probe, main_probe, side_probes
@@ -82,8 +83,9 @@ def reference(trainer: DPOTrainer) -> Iterator[PreTrainedModel]:
 
 @torch.no_grad()
 def pair_logps(
-    trainer: DPOTrainer, rows: list[dict], max_length: int | None = None, policy: bool = True
-) -> dict[str, np.ndarray]:
+    trainer: DPOTrainer, rows: list[dict], max_length: int | None = None, policy: bool = True,
+    label: str = "pairs scored",
+) -> dict[str, np.ndarray]:  # fmt: skip
     """Log-probabilities of both answers of tokenised pairs, under policy and reference, in nats.
 
     Each is a sum over the whole answer, the log pi(y|x) of the DPO paper's eq. 7, and one function
@@ -91,8 +93,9 @@ def pair_logps(
     in it, nor have reference log-probabilities that TRL keeps for the loss.
 
     `rows` have `prompt_ids`, `chosen_ids` and `rejected_ids`, as TRL's trainer tokenises them;
-    `max_length` cuts them as in training. Returns arrays of shape (pairs,), in the rows' order:
-    `ref_chosen`, `ref_rejected` and, with `policy`, `chosen` and `rejected`.
+    `max_length` cuts them as in training; `label` heads the bar of a long pass. Returns arrays of
+    shape (pairs,), in the rows' order: `ref_chosen`, `ref_rejected` and, with `policy`, `chosen`
+    and `rejected`.
     """
     model, size = trainer.model, trainer.args.per_device_eval_batch_size
     collate = replace(trainer.data_collator, max_length=max_length)
@@ -101,6 +104,7 @@ def pair_logps(
     training = model.training
     model.eval()
     sums: dict[str, list[torch.Tensor]] = {}
+    bar = Progress(len(rows), patience=3)
     for at in range(0, len(order), size):
         batch = collate([rows[i] for i in order[at : at + size]])
         batch = send_to_device(batch, trainer.accelerator.device)
@@ -112,6 +116,8 @@ def pair_logps(
             scored |= {"chosen": chosen, "rejected": rejected}
         for name, value in scored.items():
             sums.setdefault(name, []).append(value)
+        done = min(at + size, len(rows))
+        bar.show(done, f"{label}: {done}/{len(rows)}, {bar.seconds:.0f} s")
     model.train(training)
     back = np.argsort(order)
     return {name: torch.cat(parts).numpy()[back] for name, parts in sums.items()}
@@ -154,7 +160,11 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
     Returns:
         The figures as in `evaluation.json` (each with its bootstrap 95% interval), and a frame
         with one row a prompt: all replies and every measure of each.
+
+    Raises:
+        AdapterError: `trainer` was built from another config than `cfg`.
     """
+    refuse_stale(trainer, cfg)
     free_memory()  # what training has let go of; of other sizes, it would lie beside what follows
     restore_reference(trainer, cfg)
     probe = main_probe(cfg, test)
@@ -167,7 +177,9 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
             _write_lines(frame, cfg.run_dir / PARTIAL)
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     tokens = trainer.eval_dataset.select_columns(columns).to_list()
-    logps = pair_logps(trainer, tokens, max_length=cfg.dpo.max_length)
+    logps = pair_logps(
+        trainer, tokens, max_length=cfg.dpo.max_length, label="held-out pairs scored"
+    )
     # Not `test`'s own: the trainer leaves pairs out whose prompt alone is as long as `max_length`.
     keys = [json.dumps(prompt) for prompt in trainer.eval_dataset["prompt"]]
     beside = {
@@ -303,7 +315,7 @@ def _base_nll(trainer: DPOTrainer, replies: dict[str, list[Reply]]) -> dict[str,
         {"prompt_ids": base.prompt_ids, "chosen_ids": base.ids, "rejected_ids": tuned.ids}
         for base, tuned in zip(replies["base"], replies["tuned"], strict=True)
     ]
-    logps = pair_logps(trainer, rows, policy=False)
+    logps = pair_logps(trainer, rows, policy=False, label="pairs of replies scored by the base")
     lengths = {who: np.array([len(r.ids) for r in given]) for who, given in replies.items()}
     return {
         "base": -logps["ref_chosen"] / lengths["base"],
@@ -427,7 +439,8 @@ def _write_lines(frame: pd.DataFrame, path: Path) -> None:
     frame.to_json(path, orient="records", lines=True, force_ascii=False)
 
 
-def _show(value: dict, signed: bool = False) -> str:
+def show(value: dict, signed: bool = False) -> str:
+    """A figure with its interval in words, as `bootstrap` returns it."""
     sign, digits = "+" if signed else "", 1 if abs(value["mean"]) >= 10 else 2
     ends = [value["low"], value["high"]]
     mean, *ends = (f"{x:{sign}.{digits}f}" for x in [value["mean"], *ends] if x is not None)
@@ -440,10 +453,10 @@ def measures_table(measures: dict) -> pd.DataFrame:
     for name, label in MEASURES.items():
         if name in measures:
             m = measures[name]
-            rows[label] = {"base": _show(m["base"]), "tuned": _show(m["tuned"])}
-            rows[label]["change"] = _show(m["change"], signed=True)
+            rows[label] = {"base": show(m["base"]), "tuned": show(m["tuned"])}
+            rows[label]["change"] = show(m["change"], signed=True)
             both = m.get("both_finish")
-            rows[label]["change where both finish"] = _show(both, signed=True) if both else ""
+            rows[label]["change where both finish"] = show(both, signed=True) if both else ""
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -452,8 +465,8 @@ def evaluation_table(figures: dict) -> pd.DataFrame:
     table = measures_table(figures["measures"])
     # Before training every implicit reward is 0: each pair is a tie, and there is no margin.
     rewards = {
-        "implicit-reward accuracy": {"base": "0.50", "tuned": _show(figures["reward_accuracy"])},
-        "implicit-reward margin (nats)": {"base": "0", "tuned": _show(figures["reward_margin"])},
+        "implicit-reward accuracy": {"base": "0.50", "tuned": show(figures["reward_accuracy"])},
+        "implicit-reward margin (nats)": {"base": "0", "tuned": show(figures["reward_margin"])},
     }
     return pd.concat([table, pd.DataFrame.from_dict(rewards, orient="index")]).fillna("")
 
@@ -462,7 +475,7 @@ def win_rates(figures: dict) -> pd.DataFrame:
     """The tuned model's win rate over the base, as it is and with length taken out."""
     rates = figures.get("win_rate", {})
     names = {"raw": "win rate", "length_controlled": "at equal length"}
-    rows = {text: _show(rates[name]) for name, text in names.items() if name in rates}
+    rows = {text: show(rates[name]) for name, text in names.items() if name in rates}
     return pd.DataFrame({"tuned over base": rows})
 
 
@@ -474,11 +487,11 @@ def baselines_table(figures: dict) -> pd.DataFrame:
     """What the base does by other means, beside the base as it is and the tuned model."""
     measures = figures["measures"]
     names = [name for name in COMPARED if name in measures]
-    rows = {"base": {MEASURES[n]: _show(measures[n]["base"]) for n in names}}
+    rows = {"base": {MEASURES[n]: show(measures[n]["base"]) for n in names}}
     for label, against in figures["baselines"].items():
         (who,) = (w for w, text in BASELINES.items() if text == label)
-        rows[label] = {MEASURES[n]: _show(against[n][who]) for n in names}
-    rows["tuned with DPO"] = {MEASURES[n]: _show(measures[n]["tuned"]) for n in names}
+        rows[label] = {MEASURES[n]: show(against[n][who]) for n in names}
+    rows["tuned with DPO"] = {MEASURES[n]: show(measures[n]["tuned"]) for n in names}
     return pd.DataFrame.from_dict(rows, orient="columns")
 
 
@@ -494,19 +507,21 @@ def side_by_side(frame: pd.DataFrame, clip: int = 400) -> str:
     Replies to questions on a text stand beside it, each marked right or wrong by the checker.
     """
     cells = []
+    # On each cell: JupyterLab's own style for cells of tables is to the right.
+    cell = "<td style='text-align:left;vertical-align:top'>"
     for _, row in frame.iterrows():
         asked = f"<b>{html.escape(row.get('question') or row['prompt'])}</b>"
         if "passage" in row:
             asked = f"{html.escape(row['passage'])}<br>{asked}"
-        line = f"<td>{asked}</td>"
+        line = f"{cell}{asked}</td>"
         for who in ("base", "tuned"):
             text = row[who] if len(row[who]) <= clip else row[who][:clip] + " …"
             state = "" if row[f"{who}_finished"] else ", cut off"
             note = f"{row[f'{who}_length']} tokens{state}"
             if f"{who}_exact" in row:
                 note = f"{'✓ right' if row[f'{who}_exact'] else '✗ not right'}, {note}"
-            line += f"<td>{html.escape(text)}<br><i>{note}</i></td>"
-        cells.append(f"<tr style='text-align:left;vertical-align:top'>{line}</tr>")
+            line += f"{cell}{html.escape(text)}<br><i>{note}</i></td>"
+        cells.append(f"<tr>{line}</tr>")
     head = "".join(
         f"<th style='text-align:left;width:{width}%'>{name}</th>"
         for name, width in (("prompt", 40), ("before", 30), ("after", 30))

@@ -26,6 +26,7 @@ from scripts.adapter import require_adapter
 from scripts.config import Config, RecipeError, config_from_args
 from scripts.data import load_preferences
 from scripts.model import free_memory, load_tokenizer, resolve_model
+from scripts.monitoring.progress import Progress
 from scripts.pairs.tokens import tokenize_pairs
 from scripts.probes import main_probe
 from scripts.shipping.forms import (
@@ -84,17 +85,27 @@ def merge_adapter(
     """
     target, trial = cfg.run_dir / "merged", cfg.run_dir / "merged.unproved"
     form = shipped_form(cfg)
+    bar = Progress(4, patience=3)
+
+    def tell(done: int, text: str) -> None:
+        bar.show(done, f"merging: {text}, {bar.seconds:.0f} s")
+
+    tell(0, "the policy is scored")
     policy = policy or evaluated_policy(cfg, base, trained, rows)
     free_memory()
+    tell(1, "the adapter is merged")
     model = build(cfg, base, trained, form)
+    tell(2, "the merged model is written")
     shutil.rmtree(trial, ignore_errors=True)
     model.save_pretrained(trial)
     tokenizer.save_pretrained(trial)
     del model
     free_memory()
     # Without an adapter arithmetic must not pass for rounding: there the policy's is float32 too.
+    tell(3, "the merged model is read back and scored")
     reloaded = plain_model(cfg, trial, form.dtype if cfg.model.use_peft else "float32")
     error = mean_gap(completion_logps(reloaded, rows), policy.policy)
+    tell(4, "through")
     report = {"effect": policy.effect, "error": error}
     moved_away = is_quantized(cfg) and form.weights == "original"
     noise = NF4_NOISE if is_quantized(cfg) else NOISE

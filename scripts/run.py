@@ -39,6 +39,7 @@ from scripts.checkpoints.store import newest_whole
 from scripts.cli import CTRL_C, STOPPED
 from scripts.config import ROOT, Config, RecipeError, config_from_args, parse_overrides
 from scripts.evaluate import evaluation_table
+from scripts.headless import ENGINE, section
 from scripts.monitoring.folder import settle
 from scripts.monitoring.memory import GB
 from scripts.planning.hardware import memory_table, on_gpu
@@ -54,10 +55,8 @@ def execute(cfg: Config, config: str, overrides: dict) -> None:
         PapermillExecutionError: a cell failed.
     """
     os.environ[HELD_BY_PARENT] = str(cfg.run_dir.resolve())  # the kernel runs in our folder
-    # papermill passes the notebook's own output on through this logger; its line per cell as well.
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    for noisy in ("httpx", "httpx2", "papermill.translators"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # The client below passes the notebook's own output on; papermill's line per cell says nothing.
+    logging.getLogger("papermill").setLevel(logging.WARNING)
     papermill.execute_notebook(
         str(NOTEBOOK),
         str(cfg.run_dir / "notebook.ipynb"),
@@ -67,10 +66,17 @@ def execute(cfg: Config, config: str, overrides: dict) -> None:
             "output_dir": str(cfg.run_dir.resolve()),
         },
         cwd=str(ROOT),
+        engine_name=ENGINE,
         kernel_name="python3",
-        log_output=True,
         progress_bar=False,
     )
+
+
+def place(notebook: Path, number: int) -> str:
+    """The code cell `number` of a saved notebook, and the section that it stands in."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    at = next(i for i, cell in enumerate(cells) if cell.get("execution_count") == number)
+    return f"cell {number} ({section(cells, at)})"
 
 
 def put_on_top(cfg: Config, head: str, text: str) -> None:
@@ -189,14 +195,13 @@ def main(args: argparse.Namespace) -> None:
         signals.end(f"stopped by {signals.name} before the notebook ran. {kept(cfg)}")
     except PapermillExecutionError as error:
         said = error.evalue if error.ename != "KeyboardInterrupt" else f"by Ctrl-C. {kept(cfg)}"
+        where = place(notebook, error.exec_count)
         if signals.got:
-            put_on_top(cfg, f"The run was stopped in cell {error.exec_count}", said)
+            put_on_top(cfg, f"The run was stopped in {where}", said)
             signals.end(said if error.ename == "Stopped" else f"stopped: {said}")
         helps = "" if error.ename in CLEAR else f"\n{kept(cfg)}."
-        put_on_top(
-            cfg, f"The run failed in cell {error.exec_count}", f"{error.ename}: {said}{helps}"
-        )
-        print(f"\nThe notebook failed in cell {error.exec_count}: {error.ename}: {said}{helps}")
+        put_on_top(cfg, f"The run failed in {where}", f"{error.ename}: {said}{helps}")
+        print(f"\nThe notebook failed in {where}: {error.ename}: {said}{helps}")
         sys.exit(f"Its output so far, the error at the top: {notebook}")
     except RuntimeError as error:
         # What a kernel that dies gives: the second while it starts.

@@ -31,7 +31,7 @@ from trl import DPOTrainer, get_peft_config
 from scripts.adapter import save_adapter
 from scripts.checkpoints.identity import settings
 from scripts.checkpoints.keeper import Keeper
-from scripts.config import Config, config_from_args
+from scripts.config import Config, RecipeError, config_from_args
 from scripts.data import load_preferences
 from scripts.login import hub_login
 from scripts.model import load_model, load_tokenizer, resolve_model
@@ -40,6 +40,8 @@ from scripts.monitoring.steps import RunLog
 from scripts.monitoring.tracking import finish_wandb, start_wandb
 from scripts.sharing.compiler import use_torch_head_without_compiler
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
+
+HAS_TRAINER = "_has_trainer"  # on a model that a trainer was built over
 
 
 class SharedKeeper(Keeper, PrefixSharedDPOTrainer):
@@ -89,7 +91,15 @@ def build_trainer(
     Without LoRA (`use_peft: false`) the reference is the model loaded a second time, here, because
     TRL's own copy would not be of `model_revision`; none if the pairs are scored beforehand.
     See https://huggingface.co/docs/trl/dpo_trainer.
+
+    Raises:
+        RecipeError: another trainer was built over `model`.
     """
+    if getattr(model, HAS_TRAINER, False):
+        raise RecipeError(
+            "this model is a trainer's already, whose adapter and training it carries: load it "
+            "again (load_model), and build the trainer from that"
+        )
     second = not (cfg.model.use_peft or cfg.dpo.precompute_ref_log_probs)
     remark = use_torch_head_without_compiler(cfg.dpo.device)
     if remark and cfg.is_main_process:
@@ -106,6 +116,7 @@ def build_trainer(
         eval_dataset=pairs["test"],
         peft_config=get_peft_config(cfg.model),
     )
+    setattr(model, HAS_TRAINER, True)
     trainer.settings, trainer.loader_timeout = kept, cfg.recipe.loader_timeout
     keep_adapter_in_float32(trainer.model)
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):

@@ -328,3 +328,41 @@ def missing_package(key: str, value: Any) -> str | None:
     if key == "attn_implementation" and str(value) == "flash_attention_2":
         return None if find_spec("flash_attn") else "flash_attn"
     return None
+
+
+# Arguments that the trained weights do not depend on: where things go, what is logged, kept or
+# measured, how batches are fetched. Whatever is not named here counts.
+HARMLESS = {
+    "output_dir", "run_name", "resume_from_checkpoint", "report_to", "project", "trackio_space_id",
+    "trackio_bucket_id", "trackio_static_space_id", "disable_tqdm", "log_level",
+    "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy",
+    "logging_first_step", "logging_steps", "logging_nan_inf_filter",
+    "include_num_input_tokens_seen", "include_num_input_tokens_per_second", "save_strategy",
+    "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint",
+    "restore_callback_states_from_checkpoint", "push_to_hub", "eval_strategy", "eval_steps",
+    "eval_delay", "eval_on_start", "eval_do_concat_batches", "eval_accumulation_steps",
+    "eval_use_gather_object", "per_device_eval_batch_size", "do_train", "do_eval", "do_predict",
+    "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "batch_eval_metrics",
+    "include_for_metrics", "metric_for_best_model", "greater_is_better", "skip_memory_metrics",
+    "torch_empty_cache_steps", "ddp_timeout", "dataset_num_proc", "local_rank", "debug",
+    # recomputed activations are the same numbers
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "activation_offloading",
+    # the recipe's own
+    "max_new_tokens", "generation_batch_size", "eval_prompts", "eval_samples", "merge_dtype",
+    "merge_into", "wandb_project", "on_bad_rows", "loader_timeout", "ignore_bias_buffers",
+    "questions", "questions_level", "side_prompts", "baselines", "aims",
+}  # fmt: skip
+HARMLESS_PREFIXES = (
+    "hub_",
+    "dataloader_num",
+    "dataloader_multi",
+    "dataloader_pin",
+    "dataloader_pre",
+    "dataloader_per",
+)
+
+
+def is_harmless(key: str) -> bool:
+    """Whether the trained weights do not depend on the argument `key`."""
+    return key in HARMLESS or key.startswith(HARMLESS_PREFIXES)

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from trl import get_peft_config, get_quantization_config
 
 from scripts.cli import ROOT
-from scripts.config import HINTS, ConfigError, load_config, parse_overrides
+from scripts.config import HINTS, ConfigError, load_config, parse_overrides, refuse_changed
 from scripts.pairs.formats import FORMATS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -207,3 +207,33 @@ def test_a_file_that_is_no_yaml_is_one_line(tmp_path, text):
     path.write_bytes(text)
     with pytest.raises(ConfigError, match=r"odd\.yaml"):
         load_config(path)
+
+
+def test_a_run_folder_is_named_after_config_and_overrides():
+    def folder(**overrides):
+        return load_config(DEFAULT, overrides).dpo.output_dir
+
+    assert folder() == "outputs/smollm2-135m-cpu"
+    assert folder(beta=0.2) == "outputs/smollm2-135m-cpu-beta-0.2"
+    assert folder(beta=0.1) == folder()  # what the file says anyway
+    # How it is logged, saved or measured makes no other run: it goes on in its folder.
+    assert folder(save_steps=7, max_new_tokens=9, activation_checkpointing=True) == folder()
+    assert folder(learning_rate=3e-4, beta=0.2) == folder(beta=0.2, learning_rate=3e-4)
+    assert folder(loss_type=["sigmoid"], loss_weights=[1.0]).endswith(
+        "-loss_type-sigmoid-loss_weights-1.0"
+    )
+    many = {"beta": 0.2, "seed": 1, "max_steps": 3, "learning_rate": 1e-3, "lora_r": 8}
+    assert folder(**many) != folder(**many | {"seed": 2})
+    assert len(folder(**many)) < 60
+    assert folder(beta=0.2, output_dir="outputs/mine") == "outputs/mine"
+
+
+def test_a_value_changed_after_the_config_was_read_is_told():
+    cfg = load_config(DEFAULT, {"beta": 0.2})
+    refuse_changed(cfg, DEFAULT, {"beta": 0.2}, None)
+    cfg.settle_max_length(64)  # as the data decided, where it was asked to
+    refuse_changed(cfg, DEFAULT, {"beta": 0.2, "max_length": "auto"}, None)
+    with pytest.raises(ConfigError, match=r"`beta` is 0\.3 there and 0\.2 here.*Run the cells"):
+        refuse_changed(cfg, DEFAULT, {"beta": 0.3, "max_length": "auto"}, None)
+    with pytest.raises(ConfigError, match="`output_dir` is 'outputs/b' there"):
+        refuse_changed(cfg, DEFAULT, {"beta": 0.2, "max_length": "auto"}, "outputs/b")

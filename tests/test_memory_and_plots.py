@@ -117,6 +117,7 @@ def every_figure() -> dict:
     errors = {"int4": {"error": 0.1, "bits": 4.5}}
     return {
         "training_curves": plots.training_curves(steps()),
+        "compared_runs": plots.compared_runs({"a": steps(), "b": steps()}),
         "memory_timeline": plots.memory_timeline(frame, "process memory"),
         "plan_memory": plots.plan_memory(pd.DataFrame({"step": {"adapter": 1.0, "peak": 1.0}})),
         "pipelines": plots.pipelines(),

@@ -13,11 +13,11 @@ from scripts.cli import COMMANDS, ROOT
 # Downstream order: a room may import from those before it, and from itself. A step of the story
 # (a file at the top of scripts/) is a room of its own.
 ORDER = [
-    "cli", "values", "places", "rules", "config", "checkpoints", "hub", "measures",
+    "cli", "hosted", "values", "places", "rules", "config", "checkpoints", "hub", "measures",
     "pairs.reading", "plots", "monitoring", "origins", "login", "model", "generation",
     "pairs.building", "sharing", "planning", "data", "adapter", "training", "planning.trying",
-    "preflight", "probes", "evaluate", "doctor", "lessons", "shipping", "export", "serve", "plan",
-    "benchmark", "run", "repeat",
+    "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "shipping", "export",
+    "serve", "plan", "benchmark", "headless", "run", "repeat", "site",
     "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {

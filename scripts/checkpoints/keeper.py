@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import DPOTrainer
 
 from scripts.checkpoints import identity
+from scripts.checkpoints.lock import HELD_BY_PARENT
 from scripts.checkpoints.store import (
     ASIDE,
     damage,
@@ -31,7 +32,7 @@ from scripts.checkpoints.store import (
     write_whole,
 )
 from scripts.checkpoints.trouble import Stopped, TrainingError, explain, first_line
-from scripts.cli import RecipeError
+from scripts.cli import RecipeError, in_notebook
 
 PENDING = "pending.json"  # in a checkpoint: what was added up since the last log
 
@@ -45,6 +46,7 @@ class Keeper(DPOTrainer):
     - SIGTERM, Ctrl-C, an error of memory, disk or data: the last finished step becomes a
       checkpoint, and one line says so. A second Ctrl-C stops without one.
     - A loss, margin, gradient or weight that is not finite stops training, and the batch is kept.
+    - `train` called again goes on where it was stopped; once it is through, it trains nothing anew.
 
     It overrides methods of transformers' `Trainer` that are private, hence the pinned version.
     transformers' own `enable_jit_checkpoint` waits three seconds, saves in the middle of a step,
@@ -60,6 +62,8 @@ class Keeper(DPOTrainer):
     _epoch_rng: dict[str, Any] | None = None
     _updating = False  # weights and optimiser may be of two different steps
     _identity: dict | None = None
+    _outcome: TrainOutput | None = None  # of the finished training
+    _broke_off = False  # the last call of `train` did not finish
     _number = 1  # of the step that is under way, for the messages
     _batches: list = ()
 
@@ -67,16 +71,26 @@ class Keeper(DPOTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """TRL's; raises a `RecipeError` that says what is kept and how to go on."""
+        if self._outcome is not None:
+            print(
+                f"This training is through ({self.state.global_step} steps): nothing is trained "
+                "anew. For another one load the model and build the trainer again."
+            )
+            return self._outcome
+        if self._broke_off:
+            resume_from_checkpoint = self._where_it_broke_off() or resume_from_checkpoint
         checkpoint = self._to_go_on_from(resume_from_checkpoint)
         self._kept, self._updating, self._start = checkpoint, False, None
         if checkpoint or self.args.save_strategy != "no":
             self._identity = self._identify()
         if checkpoint:
             identity.refuse_another(checkpoint, self._identity)
+        self._broke_off = True
         with self._signals():
             try:
                 outcome = super().train(str(checkpoint) if checkpoint else None, **kwargs)
                 self._stop_if_asked()
+                self._outcome, self._broke_off = outcome, False
                 return outcome
             except (RecipeError, KeyboardInterrupt):
                 raise
@@ -104,6 +118,19 @@ class Keeper(DPOTrainer):
         if wrong := damage(Path(asked)):
             raise RecipeError(f"{asked} is no whole checkpoint: {wrong}; take another, or none")
         return Path(asked)
+
+    def _where_it_broke_off(self) -> Path | None:
+        """The newest checkpoint of the call before, in this process; None: before its first step.
+
+        Raises:
+            RecipeError: no checkpoint holds the steps that were taken.
+        """
+        if self._kept is None and (self.state.global_step or self._updating):
+            raise RecipeError(
+                f"this trainer stopped at step {self.state.global_step}, and no checkpoint is "
+                "kept: load the model and build the trainer again"
+            )
+        return self._kept
 
     def _identify(self) -> dict:
         return {
@@ -170,11 +197,14 @@ class Keeper(DPOTrainer):
                 self._save_checkpoint(self.model, None)
             except Exception as error:
                 failed = f" (step {done} could not be: {first_line(error)})"
+        again = "the same command"
+        if in_notebook() and HELD_BY_PARENT not in os.environ:  # somebody sits before it
+            again = "this cell, run again,"
         if self._kept is None:
-            return f"No checkpoint is kept{failed}; the same command begins again"
+            return f"No checkpoint is kept{failed}; {again} begins again"
         return (
             f"Kept: {self._kept}, step {step_of(self._kept)} of {self.state.max_steps}{failed}; "
-            "the same command goes on from there"
+            f"{again} goes on from there"
         )
 
     # ---- one step ----

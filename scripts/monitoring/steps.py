@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -11,15 +10,21 @@ import pandas as pd
 from transformers import TrainerCallback
 
 from scripts.checkpoints.store import write_whole
+from scripts.cli import in_notebook
+from scripts.monitoring.progress import Progress
 
 
 class RunLog(TrainerCallback):
-    """Write every log to `metrics.jsonl`, print it as one line, and redraw the live figure."""
+    """Write every log to `metrics.jsonl`, tell it in one line, and redraw the live figure.
+
+    In a notebook line and figure stand under the running cell and are updated in place; elsewhere
+    each log is printed as a line.
+    """
 
     def __init__(self, path: Path, redraws: int = 12) -> None:
         self.path = path
         self.redraws = redraws
-        self._figure = None
+        self._figure = self._bar = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
@@ -29,6 +34,24 @@ class RunLog(TrainerCallback):
             lines = [json.dumps({"step": log["step"], **log}) + "\n" for log in rows]
             write_whole(self.path, "".join(lines))
         self._began, self._first = time.monotonic(), state.global_step
+        self._figure, self._scored, self._last = None, 0, "the first step is on its way"
+        self._bar = Progress(state.max_steps)
+        if state.is_world_process_zero:
+            self._tell(state, self._last, line=False)
+
+    def _tell(self, state, text: str, *, line: bool) -> None:
+        step = f"step {state.global_step:>4}/{state.max_steps}"
+        self._bar.show(state.global_step, f"{step}  {text}", line)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs) -> None:
+        if state.is_world_process_zero and self._bar:
+            self._scored += 1
+            self._tell(state, f"held-out batches scored: {self._scored}", line=False)
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self._scored = 0
+        if state.is_world_process_zero and self._bar:
+            self._tell(state, self._last, line=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not state.is_world_process_zero or not logs:
@@ -40,21 +63,20 @@ class RunLog(TrainerCallback):
         steps = state.global_step - self._first
         pace = (time.monotonic() - self._began) / max(steps, 1)
         left = pace * (state.max_steps - state.global_step) / 60
-        print(
-            f"step {state.global_step:>4}/{state.max_steps}"
-            f"  loss {logs['loss']:.3f}"
+        self._last = (
+            f"loss {logs['loss']:.3f}"
             f"  margin {logs['rewards/margins']:+.3f}"
             f"  accuracy {logs['rewards/accuracies']:.2f}"
-            f"  {pace:.1f} s/step  {left:.1f} min left",
-            flush=True,
+            f"  {pace:.1f} s/step  {left:.1f} min left"
         )
+        self._tell(state, self._last, line=True)
         every = max(1, state.max_steps // self.redraws)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             self._redraw(history(state.log_history))
 
     def _redraw(self, frame: pd.DataFrame) -> None:
         """Show or refresh the curves under the running cell; outside a notebook, do nothing."""
-        if "ipykernel" not in sys.modules or len(frame) < 2:
+        if not in_notebook() or len(frame) < 2:
             return
         from IPython.display import display
         from matplotlib import pyplot as plt

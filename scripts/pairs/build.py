@@ -23,7 +23,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from scripts.cli import InputError
+from scripts.cli import InputError, in_notebook
 from scripts.config import Config, RecipeError, config_from_args
 from scripts.generation import generate_replies
 from scripts.hub import fetch
@@ -169,8 +169,9 @@ def transformers_sampler(cfg: Config, path: str, **sampling) -> Sampler:
         def sample(prompts: list[Messages], seed: int) -> list[tuple[str, int, bool]]:
             torch.manual_seed(seed)
             replies = generate_replies(
-                model, tokenizer, prompts, batch_size=len(prompts), label=None, **sampling
-            )
+                model, tokenizer, prompts, batch_size=len(prompts),
+                label="batch" if in_notebook() else None, **sampling,
+            )  # fmt: skip
             return [(reply.text, reply.length, reply.finished) for reply in replies]
 
         return sample

@@ -15,13 +15,14 @@ from scripts.plots.lessons import (
 from scripts.plots.memory import memory_timeline, plan_memory
 from scripts.plots.style import described, save
 from scripts.plots.tokens import coloured_answers
-from scripts.plots.training import training_curves
+from scripts.plots.training import compared_runs, training_curves
 
 __all__ = [
     "before_after",
     "benchmark",
     "beta_surface",
     "coloured_answers",
+    "compared_runs",
     "cures",
     "data_check",
     "described",

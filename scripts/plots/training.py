@@ -16,6 +16,7 @@ from scripts.plots.style import (
     NEUTRAL,
     NEUTRAL_MARK,
     ORANGE,
+    PALETTE,
     REJECTED,
     REJECTED_MARK,
     STYLE,
@@ -23,6 +24,7 @@ from scripts.plots.style import (
 )
 
 LN2 = float(np.log(2))
+MARKS = ("o", "D", "^", "s")
 # How near the first DPO loss must be to ln 2 for the line: another loss type starts elsewhere.
 NEAR_LN2 = 0.05
 
@@ -77,7 +79,9 @@ def training_curves(history: pd.DataFrame) -> Figure:
             axis.set_title(text, loc="left")
         handles = [h for a in (margin, accuracy) for h in a.get_legend_handles_labels()[0]]
         margin.legend(handles=handles, loc="lower right")
-        loss.legend()
+        low, high = loss.get_ylim()
+        loss.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the line at ln 2
+        loss.legend(loc="upper right")
         rewards.legend()
         margin.set_xlabel("optimiser step")
         last.set_xlabel("optimiser step")
@@ -95,3 +99,31 @@ def _in_words(history: pd.DataFrame, dpo: str) -> str:
         f"{last['rewards/margins']:+.2f}; accuracy from {first['rewards/accuracies']:.2f} to "
         f"{last['rewards/accuracies']:.2f}."
     )
+
+
+def compared_runs(histories: dict[str, pd.DataFrame]) -> Figure:
+    """Margins, and chosen and rejected rewards, of some runs: running means of a tenth of the logs.
+
+    A run has a colour and a mark; of the rewards, chosen is the solid line and rejected the dashed.
+    """
+    with plt.rc_context(STYLE):
+        figure, (margins, rewards) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+        for number, (name, history) in enumerate(histories.items()):
+            smooth = history.rolling(max(1, len(history) // 10), min_periods=1).mean()
+            look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKS[number % len(MARKS)],
+                    "markevery": max(1, len(smooth) // 8)}  # fmt: skip
+            margins.plot(smooth.index, smooth["rewards/margins"], label=name, **look)
+            rewards.plot(smooth.index, smooth["rewards/chosen"], **look)
+            rewards.plot(smooth.index, smooth["rewards/rejected"], ls="--", **look)
+        rewards.axhline(0, color=NEUTRAL, lw=0.8)
+        margins.set_title("reward margin", loc="left")
+        rewards.set_title("chosen (solid), rejected (dashed)", loc="left")
+        for axis in (margins, rewards):
+            axis.set(xlabel="optimiser step", ylabel="nats")
+        margins.legend()
+    ends = [
+        f"{name}: margin {h['rewards/margins'].tail(max(1, len(h) // 10)).mean():+.2f}, chosen "
+        f"{h['rewards/chosen'].tail(max(1, len(h) // 10)).mean():+.2f} at the end"
+        for name, h in histories.items()
+    ]
+    return described(figure, f"Reward margins and rewards of the runs, in nats. {'; '.join(ends)}.")
