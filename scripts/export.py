@@ -3,7 +3,7 @@
     python -m scripts.export --config outputs/<run>/config.yaml
 
 merges the saved adapter of a finished run; a run without one has its whole model written in 16
-bits, with the same proof.
+bits, with the same proof. `push` sends adapter or merged model to the hub (`scripts/publish.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from scripts.data import load_preferences
 from scripts.hub import fetch
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.pairs.tokens import tokenize_pairs
+from scripts.planning.exports import merge_needs, require_room
+from scripts.planning.memory import model_sizes
+from scripts.publish import push
 
 NOISE = 0.01  # nats a token: a merge this close is as good as 16-bit arithmetic can tell
 
@@ -127,10 +130,13 @@ def _mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.action == "push":
+        return push(args)
     cfg = config_from_args(args)
     if cfg.dpo.world_size > 1:
         raise RecipeError("a merge is the work of one process: python -m scripts.export ...")
     trained = require_adapter(cfg)
+    require_room("the merge", merge_needs(cfg, model_sizes(cfg)), cfg.run_dir)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     test = load_preferences(cfg, tokenizer)["test"]
