@@ -15,7 +15,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, constants, get_token
@@ -47,7 +49,7 @@ LOADS = (
     "spiece.model", "chat_template.jinja",
 )  # fmt: skip
 # Names of variables that hold secrets, and what tokens look like.
-SECRET_NAMES = re.compile(r"TOKEN|API_?KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
 SECRET_SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}"
     r"|wandb_v1_\w{20,})|-----BEGIN [A-Z ]*PRIVATE KEY"
@@ -209,8 +211,11 @@ def _put(path: Path, target: Path, base: str) -> None:
 
 
 def secrets_here() -> set[str]:
-    """The secrets of this process: the hub's token, and variables whose names say what they are."""
+    """The secrets at hand: the hub's token, variables whose names say what they are, and what
+    `wandb login` and others keep in ~/.netrc."""
     values = {get_token() or ""}
+    with suppress(OSError, NetrcParseError):
+        values |= {password or "" for _, _, password in netrc().hosts.values()}
     values |= {value for name, value in os.environ.items() if SECRET_NAMES.search(name)}
     return {value for value in values if len(value) >= SHORTEST_SECRET}
 

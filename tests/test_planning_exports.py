@@ -154,7 +154,8 @@ print("\\n", (needs.memory + needs.mapped) / GB, peak / GB)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_merge_takes_the_memory_that_was_planned(tmp_path):
     """SmolLM2's, in a process of its own, by the peak of its resident memory."""
-    cfg = load_config(DEFAULT, {"report_to": "none"}, output_dir=str(tmp_path / "run"))
+    settings = {"report_to": "none", "eval_samples": 1}
+    cfg = load_config(DEFAULT, settings, output_dir=str(tmp_path / "run"))
     path, _ = resolve_model(cfg.model.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     model = get_peft_model(model, get_peft_config(cfg.model))

@@ -290,6 +290,19 @@ def test_a_llama3_under_another_name_is_known_by_its_vocabulary(tmp_path):
     assert terms_of("my-folder", folder=tmp_path, given="mit").licence == "mit"
 
 
+def test_a_llama3_in_a_folder_goes_by_its_licence_too(tiny_cfg, tiny_llama3, tmp_path):
+    """The folder of the tiny model has Llama 3's vocabulary, and no name that tells."""
+    base = shutil.copytree(tiny_llama3, tmp_path / "my-base")
+    cfg = fill(tiny_cfg(model_name_or_path=str(base)))
+    with pytest.raises(LicenceError, match="my-base has none of LICENSE"):
+        pack(cfg, "merged")
+    (base / "LICENSE").write_text("the agreement")
+    parcel = pack(cfg, "merged")
+    assert parcel.repo.startswith("Llama-3-my-base-dpo-")
+    assert (parcel.folder / "LICENSE").read_text() == "the agreement"
+    assert "**Built with Meta Llama 3**" in parcel.card.text
+
+
 def test_a_licence_that_is_not_known_is_asked_for(endpoint):
     card = {"id": "a/b", "sha": "1", "cardData": {"license": "gemma"}, "tags": [], "downloads": 0}
     endpoint(lambda path, body: (200, {}, json.dumps(card).encode()))
@@ -372,6 +385,15 @@ def test_a_secret_in_what_would_be_sent_is_refused(finished, hub, monkeypatch, n
     with pytest.raises(PushError, match="looks like a token or key; nothing was sent") as error:
         run(finished, "--send")
     assert secret not in str(error.value) and server.asked == []
+
+
+def test_a_key_that_wandb_login_left_is_known(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password CANARYnetrc0123\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    (finished.run_dir / "adapter" / "chat_template.jinja").write_text("{# CANARYnetrc0123 #}")
+    with pytest.raises(PushError, match="looks like a token or key"):
+        pack(finished, "adapter")
 
 
 def test_a_place_of_this_machine_is_refused(finished, monkeypatch):

@@ -23,7 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from scripts.cli import RecipeError
 from scripts.config import Config
 from scripts.planning.hardware import on_gpu
-from scripts.planning.memory import GB, IN_USE, ModelSizes, merged_bytes, process_gb, stored
+from scripts.planning.memory import GB, ModelSizes, merged_bytes, process_gb, stored
 from scripts.planning.table import table
 
 F16, F32 = GGMLQuantizationType.F16, GGMLQuantizationType.F32
@@ -105,7 +105,7 @@ def merge_needs(cfg: Config, sizes: ModelSizes, runtime: float | None = None) ->
     `runtime` is what the process holds with its libraries, in bytes (None: this one does now). On a
     GPU the model is there, and comes through main memory as it is saved.
     """
-    runtime = process_gb() * GB + IN_USE if runtime is None else runtime
+    runtime = process_gb() * GB if runtime is None else runtime
     merged, file = merged_bytes(cfg, sizes), 2 * sizes.base
     adapter = stored(cfg, sizes)["adapter"]
     # The update of the largest matrix in float32, and what `safe_merge` makes of it in 16 bits.
@@ -121,7 +121,7 @@ def merge_needs(cfg: Config, sizes: ModelSizes, runtime: float | None = None) ->
 def gguf_needs(cfg: Config, sizes: ModelSizes, kind: str, runtime: float | None = None) -> Needs:
     """What a GGUF file of `kind` takes, from the merged model on; a quantized one is made of the
     16-bit file, which is written first and counted here, too."""
-    runtime = process_gb() * GB + IN_USE if runtime is None else runtime
+    runtime = process_gb() * GB if runtime is None else runtime
     merged, whole, size = (
         merged_bytes(cfg, sizes), gguf_bytes(sizes, "f16"), gguf_bytes(sizes, kind)
     )  # fmt: skip
@@ -135,7 +135,7 @@ def gguf_needs(cfg: Config, sizes: ModelSizes, kind: str, runtime: float | None 
 
 def push_needs(cfg: Config, sizes: ModelSizes, what: str, runtime: float | None = None) -> Needs:
     """What sending the `adapter` or the `merged` model takes; nothing is copied first."""
-    runtime = process_gb() * GB + IN_USE if runtime is None else runtime
+    runtime = process_gb() * GB if runtime is None else runtime
     size = merged_bytes(cfg, sizes) if what == "merged" else stored(cfg, sizes)["adapter"]
     return Needs(memory=runtime, mapped=size, gpu=0, disk=TOKENIZER, moved=2 * size,
                  sent=size + TOKENIZER)  # fmt: skip
