@@ -84,6 +84,12 @@ def data_name(cfg: Config) -> str:
     return there.resolve().name
 
 
+def on_hub(cfg: Config) -> bool:
+    """Whether the dataset is one of the hub's."""
+    name = cfg.script.dataset_name
+    return local_path(name) is None and HUB_NAME.fullmatch(name) is not None
+
+
 def settings(cfg: Config) -> dict[str, Any]:
     """The settings of `SETTINGS`, as the config gives them or as TRL has them by default."""
     parts = (cfg.dpo, cfg.model, cfg.recipe)
@@ -188,9 +194,9 @@ def markdown(frame: pd.DataFrame) -> str:
 def _data_section(cfg: Config, along: bool) -> str:
     origin = read_origins(cfg.run_dir).get("dataset", {})
     name = data_name(cfg)
-    on_hub = local_path(cfg.script.dataset_name) is None and HUB_NAME.fullmatch(name)
+    public = on_hub(cfg)
     lines = [
-        f"Preference pairs: [{name}](https://huggingface.co/datasets/{name})" if on_hub
+        f"Preference pairs: [{name}](https://huggingface.co/datasets/{name})" if public
         else f"Preference pairs: `{name}`"
     ]  # fmt: skip
     if origin.get("commit"):
@@ -203,7 +209,7 @@ def _data_section(cfg: Config, along: bool) -> str:
         lines.append(f"{count} {'finding' if count == 1 else 'findings'} of bad rows: left out.")
     if along:
         lines.append(f"How they were made: [{DATA_CARD}]({DATA_CARD}), the data's own card.")
-    elif on_hub:
+    elif public:
         lines.append("How they were made: see there.")
     else:
         lines.append("They came without a card that says how they were made.")
@@ -293,11 +299,10 @@ def model_card(
     figures, along = read_figures(cfg.run_dir), data_card(cfg)
     name = repo.split("/")[-1]
     data = data_name(cfg)
-    on_hub = local_path(cfg.script.dataset_name) is None and HUB_NAME.fullmatch(data)
     language = _metadata(along).get("language") if along else None
     metadata = ModelCardData(
         base_model=base if base_on_hub else None,
-        datasets=[data] if on_hub else None,
+        datasets=[data] if on_hub(cfg) else None,
         language=language,
         library_name="peft" if what == "adapter" else "transformers",
         license=terms.licence,

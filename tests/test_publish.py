@@ -197,6 +197,7 @@ def test_the_card_tells_the_whole_run(finished):
     assert (data.license, data.library_name) == ("apache-2.0", "peft")
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     exact = next(r for r in data.eval_results if r.metric_type == "exact")
+    assert (exact.dataset_type, data.datasets) == ("grounded", None)  # it is none of the hub's
     assert exact.metric_value == 0.67 and exact.metric_args["interval_95"] == [0.62, 0.72]
     assert card_errors(text) == []
 
