@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "measure a finished run's tuned model against its base model",
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
     "serve": "ask a server of the tuned model the held-out questions, and compare its replies",
+    "chat": "ask a finished run's base and tuned model side by side, and keep what you prefer",
     "repeat": "repeat a run from its folder, and compare figure by figure",
     "doctor": "say in words what happened in a finished run, with the evidence and what to try",
     "compare": "show two runs side by side: settings, figures with intervals, curves",
@@ -177,7 +178,7 @@ WITHOUT_CONFIG = ("doctor", "compare", "site")  # which are not about a run to b
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command `name`, from `arguments` or the command line.
 
-    `data` and `plan` have actions of their own, a first word with options of its own; the
+    `data`, `plan` and `export` have actions of their own, a first word with options of its own; the
     namespace names it as `action`.
     """
     if arguments is None:
@@ -202,7 +203,7 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
 ACTIONS = {
     "data": ("look", ("look", "check", "build")),
     "plan": ("run", ("run", "validate")),
-    "export": ("merge", ("merge", "prove", "gguf", "serve-files")),
+    "export": ("merge", ("merge", "prove", "gguf", "serve-files", "push")),
     "serve": ("check", ("check",)),
 }
 
@@ -309,6 +310,29 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     _questions(parser)
 
 
+def _push(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--what", choices=["adapter", "merged"],
+        help="what to send (default: the adapter, where there is one)")  # fmt: skip
+    add("--repo", metavar="[OWNER/]NAME", help="the repository (default: from base and data)")
+    add("--public", action="store_true", help="anyone may see it; else it is private")
+    add("--send", action="store_true", help="send it; else it is only shown")
+    add("--update", action="store_true", help="also into a repository that holds something")
+    add("--base", metavar="OWNER/MODEL", help="the hub's name of a base model that was a folder")
+    add("--licence", help="the base model's licence, by the hub's identifier, if it is not known")
+    add("--licence-file", type=Path, help="its text, where the licence wants a copy sent along")
+
+
+def _chat(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--web", action="store_true", help="in a browser on this machine (needs gradio)")
+    add("--port", type=whole(1), help="with --web: the port (default: a free one)")
+    add("--system", help="a system prompt to begin with")
+    add("--choices", type=Path, metavar="FILE",
+        help="where the preferences go (default: choices.jsonl in the run folder)")  # fmt: skip
+    add("--open-eyed", action="store_true", help="say which answer is whose before you choose")
+
+
 def _benchmark(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
@@ -368,6 +392,8 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export gguf": _gguf,
     "export serve-files": _serve_files,
     "serve": _serve,
+    "export push": _push,
+    "chat": _chat,
     "doctor": _doctor,
     "compare": _compare,
     "site": _site,

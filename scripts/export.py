@@ -5,7 +5,8 @@
 merges the saved adapter of a finished run; a run without one has its whole model written in 16
 bits, with the same proof. `prove` holds every form that can leave against the evaluated policy, in
 one table; `gguf` writes the merged model for llama.cpp and Ollama, and `serve-files` what Ollama,
-vLLM and NIM need to serve it.
+vLLM and NIM need to serve it; `push` sends adapter or merged model to the hub
+(`scripts/publish.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from scripts.data import load_preferences
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.monitoring.progress import Progress
 from scripts.pairs.tokens import tokenize_pairs
+from scripts.planning.exports import merge_needs, require_room
+from scripts.planning.memory import model_sizes
 from scripts.probes import main_probe
+from scripts.publish import push
 from scripts.shipping.forms import (
     Scores,
     build,
@@ -123,12 +127,15 @@ def merge_adapter(
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.action == "push":
+        return push(args)
     if args.action == "gguf":
         require_tools()
     cfg = config_from_args(args)
     if cfg.dpo.world_size > 1:
         raise RecipeError("a merge is the work of one process: python -m scripts.export ...")
     trained = require_adapter(cfg)
+    require_room("the merge", merge_needs(cfg, model_sizes(cfg)), cfg.run_dir)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     if args.action == "serve-files":

@@ -31,12 +31,14 @@ from scripts.planning.dataset import (
     trained_pairs,
     training_steps,
 )
+from scripts.planning.exports import exports_table
 from scripts.planning.hardware import checkpoint_bytes, memory_table, on_gpu, time_table
 from scripts.planning.lengths import Lengths, parse_case, worst_lengths
 from scripts.planning.memory import (
     GB,
     HELD,
     PAGED,
+    ModelSizes,
     architecture,
     model_sizes,
     weight_bytes,
@@ -86,7 +88,19 @@ def report(cfg: Config, data: DatasetSize) -> str:
             "(an assumption, not a measurement; prices and rates: configs/hardware/gpus.yaml):",
             time_table(cfg, sizes, config, pairs, data.usual).to_string(),
         ]
-    return "\n".join(lines)
+    return "\n".join(lines + _exports(cfg, sizes))
+
+
+def _exports(cfg: Config, sizes: ModelSizes) -> list[str]:
+    """What merging, converting and sending take once training is through."""
+    rates = table()
+    return [
+        "\nwhat leaves, each from what the one before it left; minutes are those of a disk of "
+        f"{rates['disk_mb_per_s']} MB/s\nand an upload of {rates['upload_mb_per_s']} MB/s "
+        "(assumptions: configs/hardware/gpus.yaml), without arithmetic; file\npages are memory "
+        "that the system can take back:",
+        exports_table(cfg, sizes).round(2).to_string(),
+    ]
 
 
 def _generation(cfg: Config) -> list[str]:

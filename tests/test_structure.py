@@ -16,8 +16,8 @@ ORDER = [
     "cli", "hosted", "values", "places", "rules", "config", "checkpoints", "hub", "measures",
     "pairs.reading", "plots", "monitoring", "origins", "login", "model", "generation",
     "pairs.building", "sharing", "planning", "data", "adapter", "training", "planning.trying",
-    "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "shipping", "export",
-    "serve", "plan", "benchmark", "headless", "run", "repeat", "site",
+    "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "licences", "card",
+    "publish", "shipping", "export", "serve", "chat", "plan", "benchmark", "headless", "run", "repeat", "site",
     "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {
@@ -152,7 +152,8 @@ def test_the_launchable_needs_no_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["data check", "data build", "plan validate", "plan", "benchmark", "run"]
+    "command",
+    ["data check", "data build", "plan validate", "plan", "export push", "benchmark", "run"],
 )
 def test_help_tells_the_options_of_the_action(command):
     done = subprocess.run(

@@ -1,0 +1,534 @@
+"""What is sent to the hub: which files, under which name, with which card; what the hub refuses.
+
+The hub is a server on loopback (`tests/upload_hub.py`); the uploads are huggingface_hub's own.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard, constants
+from safetensors.numpy import save_file
+from upload_hub import OWNER, TOKEN, UploadHub, card_errors, receiving
+
+from scripts import export
+from scripts.card import CardError, got_worse, limits, read_figures
+from scripts.cli import InputError, RecipeError, parse
+from scripts.config import Config, load_config
+from scripts.licences import LLAMA, LicenceError, terms_of
+from scripts.publish import Parcel, PushError, base_name, pack, repo_for, send
+
+LLAMA3 = "meta-llama/Meta-Llama-3-8B-Instruct"
+
+
+def interval(mean: float, width: float = 0.05) -> dict:
+    return {"mean": mean, "low": mean - width, "high": mean + width, "prompts": 52}
+
+
+def measure(base: float, tuned: float) -> dict:
+    return {"base": interval(base), "tuned": interval(tuned), "change": interval(tuned - base)}
+
+
+FIGURES = {
+    "prompts": 253, "pairs": 119, "max_new_tokens": 128, "interval": "bootstrap of passages, 95%",
+    "shorter": interval(0.88), "reward_accuracy": interval(0.91), "reward_margin": interval(3.1),
+    "measures": {
+        "exact": measure(0.14, 0.67), "declined": measure(0.0, 0.0), "length": measure(94.8, 10.9),
+        "unsupported": measure(0.36, 0.04), "base_nll": measure(0.44, 1.0),
+    },
+    "beside": {"plain questions": {"facts": measure(0.70, 0.44), "length": measure(80.0, 12.0)}},
+    "baselines": {},
+    "targets": {"exact answers up by at least 0.20": "met",
+                "key facts of plain questions fall by no more than 0.10": "missed"},
+}  # fmt: skip
+
+
+def fill(cfg: Config) -> Config:
+    """Leave in the run folder what a finished run leaves, small, and what must never be sent."""
+    run = cfg.run_dir
+    for name in ("adapter", "merged", "checkpoint-5", "wandb", "figures"):
+        (run / name).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in ("adapter_model.safetensors", "optimizer.pt", "training_args.bin"):
+        save_file({"a": random.normal(size=(300, 128))}, run / "adapter" / name)
+    settings = {"base_model_name_or_path": "/somewhere/converted/model", "r": 16}
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    (run / "adapter" / "README.md").write_text("a card of another making")
+    for number in (1, 2):
+        name = f"model-0000{number}-of-00002.safetensors"
+        save_file({f"w{number}": random.normal(size=(200, 64))}, run / "merged" / name)
+    (run / "merged" / "config.json").write_text('{"model_type": "llama", "vocab_size": 9}')
+    for folder in ("adapter", "merged"):
+        (run / folder / "tokenizer.json").write_text('{"version": "1.0"}')
+        (run / folder / "chat_template.jinja").write_text("{{ messages }}")
+    for path in ("checkpoint-5/optimizer.pt", "wandb/run.wandb", "replies.jsonl"):
+        (run / path).write_text("not to be sent")
+    (run / "figures" / "before_after.png").write_bytes(b"\x89PNG" + bytes(999))
+    (run / "evaluation.json").write_text(json.dumps(FIGURES))
+    (run / "environment.json").write_text('{"torch": "2.13.0", "device": "CPU, 2 threads"}')
+    (run / "dropped_rows.jsonl").write_text("{}\n{}\n")
+    (run / "metrics.jsonl").write_text('{"step": 57}\n')
+    origins = {"dataset": {"name": "data/grounded", "content": "6829e300f940ba15"}}
+    (run / "origins.json").write_text(json.dumps(origins))
+    cfg.save(run / "config.yaml")
+    return cfg
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch) -> Config:
+    """The config of a finished run of the default config."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return fill(load_config("configs/smollm2-135m-cpu.yaml", output_dir=str(tmp_path / "run")))
+
+
+@pytest.fixture
+def finished_llama3(tmp_path, monkeypatch) -> Config:
+    """Of an 8B config; its model is not here, as after a download that was cleared."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    path, folder = "configs/llama3-8b-a100-short.yaml", str(tmp_path / "run")
+    return fill(load_config(path, output_dir=folder, may_lack_gpu=True))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Starts a hub, which `fault` may spoil, and points the client at it; it never waits long."""
+    contexts = []
+
+    def start(fault=None, token=TOKEN) -> UploadHub:
+        server = UploadHub(fault)
+        context = receiving(server)
+        contexts.append(context)
+        monkeypatch.setattr(constants, "ENDPOINT", context.__enter__())
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+        monkeypatch.setenv("HF_TOKEN", token)
+        quick = SimpleNamespace(sleep=lambda seconds: None)
+        monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
+        monkeypatch.setattr("scripts.hub.BREATH", 0.0)
+        return server
+
+    yield start
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+def run(cfg: Config, *options: str) -> None:
+    export.main(parse("export", ["push", "--config", str(cfg.run_dir / "config.yaml"), *options]))
+
+
+def sent(hub: UploadHub) -> dict[str, bytes]:
+    (repo,) = hub.repos.values()
+    return repo["files"]
+
+
+# --- what is sent
+
+
+ALWAYS = {"README.md", "DATA_CARD.md", "evaluation.json", "before_after.png", "tokenizer.json",
+          "chat_template.jinja"}  # fmt: skip
+
+
+def test_a_push_shows_and_sends_nothing_unless_told(finished, hub, capsys):
+    server = hub()
+    run(finished)
+    shown = capsys.readouterr().out
+    assert server.asked == []
+    assert "SmolLM2-135M-Instruct-dpo-grounded-lora (private), 8 files" in shown
+    assert re.search(r"adapter_model\.safetensors +0\.31 MB", shown)
+    assert "## What it is not for" in shown and "Nothing was sent" in shown
+
+
+@pytest.mark.parametrize(
+    ("what", "own"),
+    [
+        ("adapter", {"adapter_model.safetensors", "adapter_config.json"}),
+        ("merged", {"config.json", *(f"model-0000{n}-of-00002.safetensors" for n in (1, 2))}),
+    ],
+)
+def test_what_is_sent_is_what_loads_and_what_tells(finished, hub, what, own, capsys):
+    """No optimizer state, checkpoint, log or foreign card; the weights byte for byte."""
+    server = hub()
+    run(finished, "--what", what, "--send")
+    files = sent(server)
+    assert set(files) == ALWAYS | own
+    for name in own:
+        if name.endswith(".safetensors"):
+            assert files[name] == (finished.run_dir / what / name).read_bytes()
+    name, repo = server.repos.popitem()
+    assert repo["private"] and f'from_pretrained("{name}"' in files["README.md"].decode()
+    assert f"/{OWNER}/SmolLM2-135M-Instruct-dpo-grounded" in capsys.readouterr().out
+
+
+def test_the_adapter_names_its_base_as_the_hub_does(finished, hub):
+    server = hub()
+    run(finished, "--send")
+    settings = json.loads(sent(server)["adapter_config.json"])
+    assert settings == {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 16}
+    kept = json.loads((finished.run_dir / "adapter" / "adapter_config.json").read_text())
+    assert kept["base_model_name_or_path"] == "/somewhere/converted/model"  # the run's own stays
+
+
+def test_public_only_when_told(finished, hub):
+    server = hub()
+    run(finished, "--send", "--public")
+    assert not server.repos.popitem()[1]["private"]
+
+
+# --- the card
+
+
+def test_the_card_tells_the_whole_run(finished):
+    card = pack(finished, "adapter").card
+    text = card.content
+    for head in ("How to use it", "Data", "How it was trained", "What was measured",
+                 "What it is not for", "Versions", "Licence"):  # fmt: skip
+        assert f"\n## {head}\n" in text
+    assert "0.67 [0.62, 0.72]" in text  # with its interval
+    assert "`data/grounded` (SHA-256 of the files begins with `6829e300f940ba15`)" in text
+    assert "57 optimiser steps" in text and "learning_rate: 0.0002" in text
+    assert "| torch | 2.13.0 |" in text
+    assert "output_dir" not in text and str(finished.run_dir) not in text
+    data = card.data
+    assert (data.license, data.library_name) == ("apache-2.0", "peft")
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    exact = next(r for r in data.eval_results if r.metric_type == "exact")
+    assert (exact.dataset_type, data.datasets) == ("grounded", None)  # it is none of the hub's
+    assert exact.metric_value == 0.67 and exact.metric_args["interval_95"] == [0.62, 0.72]
+    assert card_errors(text) == []
+
+
+def test_the_card_says_where_the_model_got_worse_and_what_it_cannot(finished):
+    lines = limits(finished, FIGURES)
+    assert any("said so in 0% of such cases" in line for line in lines)
+    assert any(line.startswith("Missed aim: key facts of plain questions") for line in lines)
+    worse = got_worse(FIGURES)
+    assert [line.split(":")[0] for line in worse] == [
+        "base-model loss per token", "key facts mentioned, on plain questions",
+    ]  # fmt: skip
+    better = FIGURES | {"measures": {"exact": measure(0.1, 0.9)}, "beside": {}, "targets": {}}
+    assert got_worse(better) == [] and len(limits(finished, better)) == 3
+
+
+def test_a_run_that_was_not_evaluated_says_so(finished):
+    (finished.run_dir / "evaluation.json").unlink()
+    card = pack(finished, "adapter").card
+    assert "this run was not evaluated" in card.content and card.data.eval_results is None
+    (finished.run_dir / "evaluation.json").write_text("{")
+    with pytest.raises(CardError, match=r"damaged; python -m scripts\.evaluate"):
+        read_figures(finished.run_dir)
+
+
+def test_the_hubs_validator_reads_the_card_before_anything_is_made(finished, hub):
+    server = hub()
+    parcel = pack(finished, "adapter", repo=f"{OWNER}/mine")
+    bad = ModelCard(parcel.card.content.replace("license: apache-2.0", "license: my-own"))
+    with pytest.raises(CardError, match=r'does not take the card.*"license"'):
+        send(Parcel(parcel.folder, parcel.repo, bad, True))
+    assert server.repos == {} and server.count("repos/create") == 0
+    send(parcel)
+    assert server.count("validate-yaml") >= 2
+
+
+# --- licences and names
+
+
+def test_a_llama3_is_named_and_licensed_as_its_licence_has_it(finished_llama3, tmp_path, hub):
+    server = hub()
+    text = tmp_path / "the-licence"
+    text.write_text("the agreement")
+    run(finished_llama3, "--send", "--licence-file", str(text))
+    (name,) = server.repos
+    assert name == f"{OWNER}/Llama-3-8B-Instruct-dpo-orca_dpo_pairs-lora"
+    files = sent(server)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "llama3" and card.data.base_model == LLAMA3
+    assert card.data.datasets == ["Intel/orca_dpo_pairs"]
+    assert card.text.strip().splitlines()[2] == "**Built with Meta Llama 3**"
+    assert files["LICENSE"] == b"the agreement"
+    assert "Meta Llama 3 Community License, Copyright © Meta Platforms" in files["NOTICE"].decode()
+    assert card_errors(card.content) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "proposed"),
+    [
+        ("someone/my-model", "someone/Llama-3-my-model"),
+        ("Meta-Llama-3-mine", "Llama-3-Llama-3-mine"),
+        ("someone/Llama-3.1-mine", "someone/Llama-3-Llama-3.1-mine"),
+    ],
+)
+def test_another_beginning_is_refused_with_a_name_that_would_do(finished_llama3, given, proposed):
+    with pytest.raises(InputError, match=f"`Llama-3`; take {proposed}$"):
+        pack(finished_llama3, "adapter", repo=given)
+
+
+@pytest.mark.parametrize(
+    ("base", "licence", "prefix"),
+    [
+        (LLAMA3, "llama3", "Llama-3"),
+        ("someone/Hermes-2-Pro-Llama-3-8B", "llama3", "Llama-3"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "llama3.1", "Llama"),
+        ("meta-llama/Llama-3.2-1B", "llama3.2", "Llama"),
+        ("HuggingFaceTB/SmolLM2-360M-Instruct", "apache-2.0", ""),
+    ],
+)
+def test_terms_by_the_bases_name(base, licence, prefix):
+    terms = terms_of(base)
+    assert (terms.licence, terms.prefix) == (licence, prefix)
+    assert (terms.line == "Built with Meta Llama 3") == (licence == "llama3")
+
+
+def test_a_llama3_under_another_name_is_known_by_its_vocabulary(tmp_path):
+    values = {"model_type": "llama", "vocab_size": 128_256}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert terms_of("my-folder", folder=tmp_path) == LLAMA["3"]
+    assert terms_of("my-folder", folder=tmp_path, given="llama3.1") == LLAMA["3.1"]
+    assert terms_of("my-folder", folder=tmp_path, given="mit").licence == "mit"
+
+
+def test_a_llama3_in_a_folder_goes_by_its_licence_too(tiny_cfg, tiny_llama3, tmp_path):
+    """The folder of the tiny model has Llama 3's vocabulary, and no name that tells."""
+    base = shutil.copytree(tiny_llama3, tmp_path / "my-base")
+    cfg = fill(tiny_cfg(model_name_or_path=str(base)))
+    with pytest.raises(LicenceError, match="my-base has none of LICENSE"):
+        pack(cfg, "merged")
+    (base / "LICENSE").write_text("the agreement")
+    parcel = pack(cfg, "merged")
+    assert parcel.repo.startswith("Llama-3-my-base-dpo-")
+    assert (parcel.folder / "LICENSE").read_text() == "the agreement"
+    assert "**Built with Meta Llama 3**" in parcel.card.text
+
+
+def test_a_licence_that_is_not_known_is_asked_for(endpoint):
+    card = {"id": "a/b", "sha": "1", "cardData": {"license": "gemma"}, "tags": [], "downloads": 0}
+    endpoint(lambda path, body: (200, {}, json.dumps(card).encode()))
+    assert terms_of("a/b").licence == "gemma"
+    endpoint(lambda path, body: (404, {"X-Error-Code": "RepoNotFound"}, b""))
+    for base in ("a/b", "a-folder"):
+        with pytest.raises(LicenceError, match=r"not known.*--licence"):
+            terms_of(base)
+
+
+def test_a_licence_that_wants_a_copy_is_not_sent_without(finished_llama3, endpoint, monkeypatch):
+    url = endpoint(lambda path, body: (403, {"X-Error-Code": "GatedRepo"}, b""))
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with pytest.raises(LicenceError, match="give one with --licence-file"):
+        pack(finished_llama3, "adapter")
+
+
+def test_names_come_from_base_and_data(finished):
+    base, on_hub = base_name(finished, None)
+    assert on_hub
+    assert repo_for(finished, "merged", base, terms_of(base), None) == (
+        "SmolLM2-135M-Instruct-dpo-grounded"
+    )
+    with pytest.raises(InputError, match="--repo"):
+        pack(finished, "merged", repo="a/b/c")
+    with pytest.raises(InputError, match="--base takes a name"):
+        base_name(finished, "/a/folder")
+
+
+def test_an_adapter_of_a_folder_needs_the_bases_name(finished, tmp_path):
+    origins = {"model": {"name": str(tmp_path), "content": "1"}}
+    (finished.run_dir / "origins.json").write_text(json.dumps(origins))
+    with pytest.raises(InputError, match="--base owner/model"):
+        pack(finished, "adapter")
+    card = pack(finished, "adapter", base="someone/SmolLM2-tuned").card
+    assert card.data.base_model == "someone/SmolLM2-tuned"
+    merged = pack(finished, "merged", licence="mit").card
+    assert merged.data.base_model is None and str(tmp_path) not in merged.content
+
+
+# --- secrets
+
+
+CANARIES = {
+    "HF_TOKEN": TOKEN,
+    "WANDB_API_KEY": "CANARYwandb" + "a1b2c3d4e" * 3,
+    "MY_DB_PASSWORD": "CANARY-password",
+    "UNNAMED": "hf_" + "otherCANARY" * 4,  # known by its shape
+}
+
+
+def test_no_secret_of_the_environment_is_in_card_or_files(finished, hub, monkeypatch, capsys):
+    server = hub()
+    for name, value in CANARIES.items():
+        monkeypatch.setenv(name, value)
+    run(finished, "--send")
+    everything = b"".join(sent(server).values()) + capsys.readouterr().out.encode()
+    for path in (finished.run_dir / "hub").rglob("*"):
+        everything += path.read_bytes() if path.is_file() else b""
+    assert len(everything) > 300_000
+    assert not any(value.encode() in everything for value in CANARIES.values())
+
+
+@pytest.mark.parametrize("name", CANARIES)
+@pytest.mark.parametrize("where", ["evaluation.json", "adapter/chat_template.jinja", "header"])
+def test_a_secret_in_what_would_be_sent_is_refused(finished, hub, monkeypatch, name, where):
+    """However it came there; and the message doesn't show it."""
+    server = hub()
+    for variable, value in CANARIES.items():
+        monkeypatch.setenv(variable, value)
+    secret = CANARIES[name]
+    if where == "header":
+        path = finished.run_dir / "adapter" / "adapter_model.safetensors"
+        save_file({"a": np.zeros(3)}, path, metadata={"note": secret})
+    else:
+        path = finished.run_dir / where
+        text = path.read_text()
+        path.write_text(text[:-1] + f', "note": "{secret}"}}' if where[0] == "e" else text + secret)
+    with pytest.raises(PushError, match="looks like a token or key; nothing was sent") as error:
+        run(finished, "--send")
+    assert secret not in str(error.value) and server.asked == []
+
+
+def test_a_key_that_wandb_login_left_is_known(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password CANARYnetrc0123\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    (finished.run_dir / "adapter" / "chat_template.jinja").write_text("{# CANARYnetrc0123 #}")
+    with pytest.raises(PushError, match="looks like a token or key"):
+        pack(finished, "adapter")
+
+
+def test_a_place_of_this_machine_is_refused(finished, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    template = finished.run_dir / "adapter" / "chat_template.jinja"
+    template.write_text("{# from /home/somebody/models #}")
+    with pytest.raises(PushError, match=r"chat_template\.jinja, line 1, names a place"):
+        pack(finished, "adapter")
+
+
+# --- what the hub refuses
+
+
+def always(status: int, where: str, words: str = "no"):
+    return lambda method, path, before: (status, words) if where in path else None
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (always(401, "whoami", "Invalid credentials"), r"does not know your token \(401\)"),
+        (always(401, "create", "Invalid credentials"), r"does not know your token \(401\)"),
+        (always(403, "create", "no rights in this namespace"), r"may not write to .*no rights in"),
+        (always(403, "preupload", "storage limit reached"), r"\(403\).*storage limit reached"),
+        (always(413, "commit", "Payload too large"), r"size \(413\).*push --what adapter"),
+        (always(413, "store", "too large"), r"size \(413\)"),
+        (always(422, "create", "bad name"), r"refuses with 422.*bad name"),
+        (always(500, "create"), r"the hub fails \(500\), 4 times in a row"),
+        (always(503, "commit"), r"the hub fails \(503\), 4 times in a row"),
+    ],
+)
+def test_a_refusal_is_one_line_with_what_to_do(finished, hub, fault, told):
+    server = hub(fault)
+    with pytest.raises(RecipeError, match=told) as error:
+        run(finished, "--send")
+    assert len(str(error.value).splitlines()) == 1 and TOKEN not in str(error.value)
+    assert not any(repo["files"] for repo in server.repos.values())
+
+
+@pytest.mark.parametrize("where", ["create", "preupload", "batch", "store", "commit"])
+def test_a_hub_that_is_out_of_order_for_a_moment_is_asked_again(finished, hub, where):
+    server = hub(lambda method, path, n: (503, "later") if where in path and n == 0 else None)
+    run(finished, "--send")
+    assert "adapter_model.safetensors" in sent(server)
+
+
+def test_without_a_token_nothing_is_asked(finished, hub, monkeypatch):
+    server = hub()
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PushError, match=r"no token.*settings/tokens"):
+        run(finished, "--send")
+    assert server.asked == []
+    hub(token="hf_unknown")
+    with pytest.raises(PushError, match=r"does not know your token \(401\)"):
+        run(finished, "--send")
+
+
+def test_a_repository_that_holds_something_is_left_alone(finished, hub):
+    server = hub()
+    name = f"{OWNER}/SmolLM2-135M-Instruct-dpo-grounded-lora"
+    server.repos[name] = {"private": True, "files": {"README.md": b"mine", "other.bin": b"1"}}
+    with pytest.raises(PushError, match=r"there already, with 2 files.*--update"):
+        run(finished, "--send")
+    assert sent(server)["README.md"] == b"mine"
+    run(finished, "--send", "--update")
+    assert sent(server)["other.bin"] == b"1" and len(sent(server)) == 9
+
+
+def test_an_empty_repository_is_filled(finished, hub):
+    server = hub()
+    server.repos[f"{OWNER}/mine"] = {"private": True, "files": {}}
+    run(finished, "--send", "--repo", f"{OWNER}/mine")
+    assert len(sent(server)) == 8
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(finished, hub):
+    server = hub()
+    server.repos[f"{OWNER}/mine"] = {"private": False, "files": {}}
+    with pytest.raises(PushError, match="there already, and public: say --public"):
+        run(finished, "--send", "--repo", f"{OWNER}/mine")
+    run(finished, "--send", "--repo", f"{OWNER}/mine", "--public")
+    assert len(sent(server)) == 8
+
+
+def test_an_upload_that_breaks_off_goes_on_at_the_second_call(finished, hub):
+    """Of two large files one never arrives; the second call sends what is not there yet."""
+    second = finished.run_dir / "merged" / "model-00002-of-00002.safetensors"
+    lost = hashlib.sha256(second.read_bytes()).hexdigest()
+    healed = []
+
+    def cut(method: str, path: str, before: int) -> str | None:
+        return "cut" if method == "PUT" and lost in path and not healed else None
+
+    server = hub(cut)
+    with pytest.raises(PushError, match=r"broke off \(.*the same command goes on") as error:
+        run(finished, "--send", "--what", "merged")
+    assert TOKEN not in str(error.value)
+    assert lost not in server.objects and not sent(server)
+    arrived, before = set(server.objects), len(server.asked)
+    assert arrived
+    healed.append(True)
+    run(finished, "--send", "--what", "merged")
+    for shard in (finished.run_dir / "merged").glob("*.safetensors"):
+        assert sent(server)[shard.name] == shard.read_bytes()
+    again = {path.split("/")[2] for method, path in server.asked[before:] if method == "PUT"}
+    assert lost in again and not again & arrived
+    assert not list((finished.run_dir / "hub").glob("*.begun"))
+
+
+def test_what_broke_off_at_one_repository_gives_no_right_to_another(finished, hub):
+    server = hub(lambda method, path, n: (413, "large") if "commit" in path and n == 0 else None)
+    with pytest.raises(PushError):
+        run(finished, "--send", "--repo", "first")
+    server.repos[f"{OWNER}/second"] = {"private": True, "files": {"README.md": b"mine"}}
+    with pytest.raises(PushError, match="there already"):
+        run(finished, "--send", "--repo", "second")
+
+
+# --- what is missing
+
+
+def test_what_is_missing_is_told_before_anything_is_done(finished):
+    shutil.rmtree(finished.run_dir / "merged")
+    with pytest.raises(PushError, match=r"no merged model .*python -m scripts\.export --config"):
+        pack(finished, "merged")
+    shutil.rmtree(finished.run_dir / "adapter")
+    with pytest.raises(RecipeError, match="no adapter"):
+        pack(finished, "adapter")
+
+
+def test_the_settings_of_the_card_are_those_of_the_config(finished):
+    block = re.search(r"```yaml\n(.*?)```", pack(finished, "adapter").card.content, re.DOTALL)[1]
+    shown = yaml.safe_load(block)
+    saved = yaml.safe_load((finished.run_dir / "config.yaml").read_text())
+    both = set(shown) & set(saved)
+    assert {"beta", "loss_type", "lora_r", "seed", "load_in_4bit"} <= both
+    assert all(shown[key] == saved[key] for key in both)

@@ -1,0 +1,210 @@
+"""A server on loopback that plays the part of the hub's API that receives: repositories, the card's
+validator, preupload, LFS batch with uploads whole and in parts, and commits."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+import yaml
+
+TOKEN = "hf_" + "uploadCANARY" * 3
+OWNER = "someone"
+IN_PARTS, PART = 200_000, 65_536  # bytes from which a file goes in parts, and of a part
+# From method, path and how often that was asked before: None to answer as the hub does; (status,
+# words); or "cut": half of the body is read, then the connection is gone.
+Fault = Callable[[str, str, int], "tuple[int, str] | str | None"]
+LICENCES = ("apache-2.0", "mit", "llama3", "llama3.1", "llama3.2", "llama3.3", "other")
+
+
+def card_errors(content: str) -> list[str]:
+    """What https://github.com/huggingface/hub-docs/blob/main/modelcard.md requires and a card
+    lacks."""
+    block = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+    values = yaml.safe_load(block[1]) if block else None
+    if not isinstance(values, dict):
+        return ["no metadata"]
+    errors = []
+    if values.get("license") not in LICENCES:
+        errors.append(f'"license" must be one of {LICENCES}')
+    for key in ("base_model", "datasets"):
+        names = values.get(key) or []
+        for name in [names] if isinstance(names, str) else names:
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+                errors.append(f'"{key}" is no repository: {name}')
+    for code in values.get("language") or []:
+        if not re.fullmatch(r"[a-z]{2,3}", code):
+            errors.append(f'"language" must be ISO 639: {code}')
+    if values.get("pipeline_tag") != "text-generation":
+        errors.append('"pipeline_tag"')
+    if values.get("base_model_relation") not in (None, "adapter", "finetune"):
+        errors.append('"base_model_relation"')
+    for model in values.get("model-index") or []:
+        if not isinstance(model.get("name"), str) or not model.get("results"):
+            errors.append('"model-index[].name" and results are required')
+        for result in model.get("results") or []:
+            wanted = [
+                result["task"].get("type"),
+                *(result["dataset"].get(k) for k in ("type", "name")),
+            ]
+            if not all(isinstance(word, str) for word in wanted) or not result["metrics"]:
+                errors.append('"model-index[].results[]" lacks task, dataset or metrics')
+            for metric in result["metrics"]:
+                if not isinstance(metric.get("type"), str) or metric.get("value") is None:
+                    errors.append('"metrics[]" needs type and value')
+    return errors
+
+
+class UploadHub:
+    """What was asked of the server, what it holds, and what it does wrong."""
+
+    def __init__(self, fault: Fault | None = None) -> None:
+        self.fault = fault
+        self.url = ""
+        self.asked: list[tuple[str, str]] = []
+        self.repos: dict[str, dict] = {}  # name: private, files
+        self.objects: dict[str, bytes] = {}  # what the store has, whole, by its sha256
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.put: list[int] = []  # bytes of each upload that arrived
+
+    def count(self, word: str) -> int:
+        return sum(word in path for _, path in self.asked)
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict | None]:
+        if method == "PUT":
+            return self._receive(path, body)
+        sent = json.loads(body) if body.startswith(b"{") and b"\n{" not in body else {}
+        if path == "/api/validate-yaml":
+            errors = card_errors(sent["content"])
+            return (400 if errors else 200), {
+                "errors": [{"message": error} for error in errors], "warnings": [],
+            }  # fmt: skip
+        if path == "/api/whoami-v2":
+            return 200, {"name": OWNER, "type": "user"}
+        if path == "/api/repos/create":
+            name = f"{sent['organization'] or OWNER}/{sent['name']}"
+            if name in self.repos:
+                return 409, {"error": "You already created this model repo"}
+            self.repos[name] = {"private": sent.get("visibility") == "private", "files": {}}
+            return 200, {"url": f"{self.url}/{name}"}
+        if found := re.fullmatch(r"/complete/(\w+)", path):
+            numbers = sorted(n for oid, n in self.parts if oid == found[1])
+            self.objects[found[1]] = b"".join(self.parts[found[1], n] for n in numbers)
+            return 200, {}
+        for pattern in (
+            r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit)/main)?",
+            r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)",
+        ):
+            if found := re.fullmatch(pattern, path):
+                name, action = found.groups()
+                if name not in self.repos:
+                    return 404, {"error": "Repository not found"}
+                return 200, self._of_repo(self.repos[name], name, action, sent, body)
+        return 404, {"error": f"no such path {path}"}
+
+    def _of_repo(self, repo: dict, name: str, action: str | None, sent: dict, body: bytes) -> dict:
+        if action == "preupload":
+            large = (".safetensors", ".png", "tokenizer.json")
+            return {"files": [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(large) else "regular",
+                 "shouldIgnore": False} for f in sent["files"]]}  # fmt: skip
+        if action == "batch":
+            return {"transfer": "basic", "objects": [self._upload(o) for o in sent["objects"]]}
+        if action == "commit":
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    repo["files"][value["path"]] = base64.b64decode(value["content"])
+                if line["key"] == "lfsFile":
+                    repo["files"][value["path"]] = self.objects[value["oid"]]
+            return {"commitUrl": f"{self.url}/{name}/commit/abc", "commitOid": "abc"}
+        files = [{"rfilename": file} for file in (".gitattributes", *repo["files"])]
+        return {"id": name, "sha": "abc", "private": repo["private"], "siblings": files,
+                "tags": [], "downloads": 0}  # fmt: skip
+
+    def _upload(self, wanted: dict) -> dict:
+        oid, size = wanted["oid"], wanted["size"]
+        entry = {"oid": oid, "size": size}
+        if oid in self.objects:  # as git-lfs has it: no action, nothing to send
+            return entry
+        if size <= IN_PARTS:
+            return entry | {"actions": {"upload": {"href": f"{self.url}/store/{oid}"}}}
+        parts = {str(n + 1): f"{self.url}/store/{oid}/{n}" for n in range(-(-size // PART))}
+        header = {"chunk_size": str(PART), **parts}
+        return entry | {
+            "actions": {"upload": {"href": f"{self.url}/complete/{oid}", "header": header}}
+        }
+
+    def _receive(self, path: str, body: bytes) -> tuple[int, None]:
+        _, _, oid, *part = path.split("/")
+        self.put.append(len(body))
+        if part:
+            self.parts[oid, int(part[0])] = body
+            return 200, None
+        if hashlib.sha256(body).hexdigest() != oid:
+            return 400, None
+        self.objects[oid] = body
+        return 200, None
+
+
+@contextmanager
+def receiving(hub: UploadHub) -> Iterator[str]:
+    """The address of a server that answers as `hub`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def respond(self) -> None:
+            path = unquote(urlparse(self.path).path)
+            before = hub.asked.count((self.command, path))
+            hub.asked.append((self.command, path))
+            fault = hub.fault(self.command, path, before) if hub.fault else None
+            length = int(self.headers.get("Content-Length") or 0)
+            if fault == "cut":
+                self.rfile.read(length // 2)
+                self.close_connection = True
+                self.connection.close()
+                return
+            body = self.rfile.read(length)
+            allowed = path.startswith(("/store", "/api/validate")) or (
+                self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            )
+            if isinstance(fault, tuple):
+                status, answer = fault[0], {"error": fault[1]}
+            elif not allowed and not path.startswith("/complete"):
+                status, answer = 401, {"error": "Invalid username or password."}
+            else:
+                status, answer = hub.answer(self.command, path, body)
+            data = json.dumps(answer).encode() if answer is not None else b""
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("ETag", '"part"')
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = respond
+
+        def log_message(self, *args) -> None:
+            pass
+
+        def handle(self) -> None:
+            with suppress(OSError, ValueError):  # the connection that a "cut" closed
+                super().handle()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub.url
+    finally:
+        server.shutdown()
+        server.server_close()
