@@ -364,12 +364,13 @@ def _site(parser: argparse.ArgumentParser) -> None:
 def _lessons(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write")
-    add("--arms", nargs="*", help="only these: sigmoid, sft, norm, balanced")
+    add("--arms", nargs="*", help="only these: alone, sft, sft_fifth, "
+        "lopsided, norm")  # fmt: skip
     add("--pairs", type=int, default=32, help="pairs to train on")
-    add("--held-out", type=int, default=24, help="held-out pairs to score")
+    add("--held-out", type=int, default=40, help="held-out pairs to score")
     add("--epochs", type=int, default=2, help="passes over the pairs")
-    add("--prompts", type=int, default=12, help="held-out prompts to reply to")
-    add("--max-new-tokens", type=int, default=96, help="cap on a reply")
+    add("--prompts", type=int, default=16, help="held-out prompts to reply to")
+    add("--max-new-tokens", type=int, default=64, help="cap on a reply")
 
 
 def _acceptance(parser: argparse.ArgumentParser) -> None:

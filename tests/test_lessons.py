@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from scripts import plots
 from scripts.cli import RecipeError
-from scripts.lessons import byhand, compression, failures
+from scripts.lessons import byhand, compression, failures, slider
 from scripts.lessons.__main__ import main as lessons
 
 ROW = {"prompt_ids", "chosen_ids", "rejected_ids"}
@@ -168,14 +168,57 @@ def test_beta_surface_is_the_loss_and_flat_along_the_diagonal():
         assert np.log1p(np.exp(-margin)) == pytest.approx(level, abs=1e-3)
 
 
+def test_moving_the_slider_draws_the_surface_anew():
+    points = {"chosen": [1.0, -3.0], "rejected": [-2.0, -9.0]}
+    box = slider.beta_slider(points)
+    control, picture = box.children
+    before = picture.value
+    assert "for beta 0.1." in before  # the alternative text
+    control.value = 0.5
+    assert picture.value != before
+    assert "for beta 0.5." in picture.value
+    hands = [hand(c, r, beta=0.5) for c, r in zip(*points.values(), strict=True)]
+    assert f"mean loss {np.mean([h.loss for h in hands]):.2f}" in picture.value
+    assert f"gradient {np.mean([h.weight for h in hands]):.2f}" in picture.value
+    assert len(repr(box)) < 100  # else the picture stands in the notebook once more
+
+
+def hand(chosen: float, rejected: float, beta: float) -> byhand.ByHand:
+    """A pair of one token an answer, with these log-ratios."""
+    policy = {"chosen": torch.tensor([chosen]), "rejected": torch.tensor([rejected])}
+    return byhand.ByHand(policy, dict.fromkeys(policy, torch.zeros(1)), beta)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5])
+def test_a_loss_of_a_tenth_is_so_many_nats_away(beta):
+    assert hand(slider.nats_apart(beta), 0.0, beta).loss.item() == pytest.approx(0.1, abs=1e-5)
+
+
+def test_weights_in_memory_are_what_the_plan_and_the_model_say(tiny_cfg, tiny_llama3):
+    from transformers import AutoConfig
+
+    from scripts.planning.memory import model_sizes, stored
+
+    cfg = tiny_cfg(load_in_4bit=True, dtype="bfloat16")
+    parts = stored(cfg, model_sizes(cfg))
+    planned = parts["linear layers"] + parts["embeddings, norms, head"]
+    counted = compression.weights_gb(AutoConfig.from_pretrained(tiny_llama3))
+    assert counted["GB in NF4"] * compression.GB == pytest.approx(planned, rel=1e-3)
+    full = counted["GB in NF4"] / counted["NF4 / 16 bits"]
+    assert counted["GB in 16 bits"] == pytest.approx(full)
+
+
 @pytest.fixture
 def many_pairs(tmp_path):
-    """Pairs of many lengths, with facts, and a folder for them."""
-    rows = [
-        explicit(f"Question {i}: {p}", c, r * (1 + i % 3)) | {"facts": [["a"]]}
-        for i in range(4)
-        for p, c, r in PAIRS
-    ]
+    """Pairs of many lengths, of which every third has the longer answer chosen, and a folder for
+    them; what was asked, with what counts as right, stands beside."""
+    rows = []
+    for i in range(4):
+        for n, (prompt, brief, long) in enumerate(PAIRS):
+            right, wrong = (long, brief) if n % 3 == 0 else (brief, long * (1 + i % 3))
+            asked = {"question": prompt, "accept": [right], "wrong": ["nothing"]}
+            asked["answerable"] = n != 1
+            rows.append(explicit(f"Question {i}: {prompt}", right, wrong) | asked)
     write_jsonl(tmp_path / "pairs" / "train.jsonl", rows[:18])
     write_jsonl(tmp_path / "pairs" / "test.jsonl", rows[18:])
     return tmp_path / "pairs"
@@ -187,25 +230,67 @@ def test_one_command_runs_the_arms_and_the_figures_draw_its_file(tiny_cfg, many_
     from scripts.cli import parse
 
     words = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "lessons.json")]
-    sizes = {"pairs": 6, "held-out": 6, "epochs": 1, "prompts": 2, "max-new-tokens": 4}
+    sizes = {"pairs": 6, "held-out": 4, "epochs": 1, "prompts": 2, "max-new-tokens": 4}
     words += [f"--{name}={number}" for name, number in sizes.items()]
     lessons(parse("lessons", words))
     results = json.loads((tmp_path / "lessons.json").read_text())
     assert list(results["arms"]) == list(failures.ARMS)
-    plain, sft, even = (results["arms"][name] for name in ("sigmoid", "sft", "balanced"))
-    assert plain["steps"]["loss"][0] == pytest.approx(math.log(2), abs=1e-4)
-    assert sft["steps"]["loss"][0] > 2  # a random model's loss a token is in it
-    ratio = {n: a["pairs"]["rejected"] / a["pairs"]["chosen"] for n, a in results["arms"].items()}
-    assert ratio["balanced"] < ratio["sigmoid"]
-    assert even["pairs"]["count"] == 6
-    for figure in (plots.displacement(results), plots.cures(results)):
-        assert f"{plain['title']}: on held-out pairs chosen" in figure.get_label()
+    assert results["command"].startswith("python -m scripts.lessons")
+    assert results["machine"]["torch"] == torch.__version__
+    alone, sft, fifth, lopsided, norm = results["arms"].values()
+    for arm in (alone, lopsided, norm):
+        assert arm["steps"]["loss"][0] == pytest.approx(math.log(2), abs=1e-4)
+    terms = [arm["steps"]["loss"][0] - math.log(2) for arm in (sft, fifth)]
+    assert terms[0] > 2  # a random model's loss a token
+    assert terms[1] == pytest.approx(terms[0] / 5, rel=1e-3)
+    apart = [abs(math.log(a["pairs"]["rejected"] / a["pairs"]["chosen"])) for a in (alone, norm)]
+    assert apart[0] < apart[1]
+    assert {arm["pairs"]["count"] for arm in (alone, norm)} == {6}
+    for arm in (alone, norm):
+        held = arm["held_out"]
+        assert np.sign(held["length_gap"]).sum() == 0  # half of them one way, half the other
+        for name, side in (("chosen longer", -1), ("chosen shorter", 1)):
+            won = [m > 0 for m, g in zip(held["margin"], held["length_gap"], strict=True)
+                   if np.sign(g) == side]  # fmt: skip
+            assert held["accuracy"][name] == pytest.approx(np.mean(won))
+    whole = np.subtract(alone["held_out"]["chosen"], alone["held_out"]["rejected"])
+    assert alone["held_out"]["margin"] == pytest.approx(whole, abs=2e-3)
+    assert np.abs(norm["held_out"]["margin"]).max() < np.abs(norm["held_out"]["chosen"]).max()
+    frame = failures.table(results)
+    assert list(frame.index) == ["before training", *(a.title for a in failures.ARMS.values())]
+    assert frame["right replies"].notna().all()
+    for figure in (plots.displacement(results), plots.length_hacking(results)):
+        assert "DPO alone" in figure.get_label() or "pairs of like length" in figure.get_label()
+
+
+def test_questions_without_an_answer_are_left_out(tiny_cfg, many_pairs):
+    from scripts.data import load_preferences
+
+    cfg = tiny_cfg(dataset_name=str(many_pairs))
+    pairs = load_preferences(cfg)
+    kept = failures.answered(pairs)
+    assert len(kept["train"]) < 18
+    assert all(kept["train"]["answerable"])
+
+
+def test_a_right_reply_has_the_answer_and_no_wrong_one():
+    from datasets import Dataset
+
+    from scripts.generation import Reply
+
+    row = {"question": "When?", "accept": ["Monday"], "wrong": ["Friday"], "answerable": True}
+    texts = ["On Monday.", "On Friday.", "On Monday or Friday.", ""]
+    replies = [Reply(text, [1], True, [1]) for text in texts]
+    assert failures._right(Dataset.from_list([row] * 4), replies) == 0.25
+    facts = Dataset.from_list([{"facts": [["Monday"], ["noon"]]}] * 4)
+    assert failures._right(facts, replies) == 0.25
+    assert failures._right(Dataset.from_list([{"id": 1}] * 4), replies) is None
 
 
 def test_an_unknown_arm_is_named(tmp_path):
     from scripts.cli import parse
 
-    with pytest.raises(RecipeError, match="no arm `wine`; there are sigmoid"):
+    with pytest.raises(RecipeError, match="no arm `wine`; there are alone"):
         lessons(parse("lessons", ["--arms", "wine", "--out", str(tmp_path / "x.json")]))
 
 

@@ -110,10 +110,10 @@ def every_figure() -> dict:
     arm = {
         "title": "DPO alone", "beta": 0.1,
         "steps": {"step": [1, 2], "rewards/chosen": [0, -1], "rewards/rejected": [0, -2]},
-        "held_out": {"chosen": [-1], "rejected": [-2], "length": {"margin_correlation": 0.5}},
-        "replies": {"length": 50.0, "facts": 0.5, "finished": 0.5},
+        "held_out": {"chosen": [-1], "rejected": [-2], "margin": [1.0], "length_gap": [0.5],
+                     "accuracy": {"chosen longer": None, "chosen shorter": 1.0}},
     }  # fmt: skip
-    lessons = {"base": arm["replies"], "arms": dict.fromkeys(("sigmoid", "sft"), arm)}
+    lessons = {"arms": dict.fromkeys(("alone", "sft", "lopsided", "norm"), arm)}
     errors = {"int4": {"error": 0.1, "bits": 4.5}}
     return {
         "training_curves": plots.training_curves(steps()),
@@ -130,7 +130,7 @@ def every_figure() -> dict:
         ),
         "beta_surface": plots.beta_surface(),
         "displacement": plots.displacement(lessons),
-        "cures": plots.cures(lessons),
+        "length_hacking": plots.length_hacking(lessons),
         "quantization": plots.quantization(np.zeros((2, 64)), {"NF4": np.zeros(16)}, errors),
         "spectrum": plots.spectrum({"q": np.array([1.0, 0.5])}),
         "head_memory": plots.head_memory({"all at once": 1.0, "a few rows": 0.1}, 0.2, 512),

@@ -17,8 +17,8 @@ ORDER = [
     "pairs.reading", "plots", "monitoring", "origins", "login", "model", "generation",
     "pairs.building", "sharing", "planning", "data", "adapter", "training", "planning.trying",
     "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "licences", "card",
-    "publish", "shipping", "export", "serve", "chat", "plan", "benchmark", "headless", "run", "repeat", "site",
-    "selfcheck", "acceptance",
+    "publish", "shipping", "export", "serve", "chat", "plan", "benchmark", "headless", "run",
+    "repeat", "site", "selfcheck", "acceptance",
 ]  # fmt: skip
 BUILDING = {
     f"scripts.pairs.{name}" for name in ("build", "checker", "judges")

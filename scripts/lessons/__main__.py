@@ -14,6 +14,8 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import shlex
+import sys
 
 from scripts.config import RecipeError, parse_overrides
 from scripts.lessons.failures import ARMS, Size, in_a_line, run_arms
@@ -28,8 +30,10 @@ def main(args: argparse.Namespace) -> None:
     if args.output_dir:
         overrides["output_dir"] = args.output_dir
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "scripts.lessons", *sys.argv[1:]])
     for results in run_arms(args.config, overrides, size, args.arms):
-        args.out.write_text(json.dumps(results) + "\n")  # what is done is kept
+        kept = {"command": command, **results}
+        args.out.write_text(json.dumps(kept, ensure_ascii=False) + "\n")  # what is done is kept
     print(
         f"\nkept in {args.out}; replies of the base model: {results['base']['length']:.0f} tokens"
     )

@@ -12,10 +12,12 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
 from bitsandbytes import functional as bnb
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import cached_file
 
 from scripts.cli import ROOT
@@ -23,6 +25,9 @@ from scripts.config import RecipeError
 
 BLOCK = 64  # weights that share a scale
 SCALES = 256  # first scales that share a second one, under double quantization
+ONCE = 4 + 32 / BLOCK  # bits a weight, its share of the scale included
+TWICE = 4 + 8 / BLOCK + 32 / (BLOCK * SCALES)  # the same under double quantization
+GB = 1024**3
 
 
 def nf4_levels() -> Tensor:
@@ -91,17 +96,33 @@ def quantization_errors(weight: Tensor) -> dict[str, dict[str, float]]:
     the scales: 32 for a block of 64; doubly quantized, 8, and 32 more for every 256 blocks
     (QLoRA, section 3, "Double Quantization").
     """
-    once, twice = 4 + 32 / BLOCK, 4 + 8 / BLOCK + 32 / (BLOCK * SCALES)
     ways = {
-        "int4": (to_int4(weight), once),
-        "NF4": (to_nf4(weight, double=False), once),
-        "NF4, double quantization": (to_nf4(weight, double=True), twice),
+        "int4": (to_int4(weight), ONCE),
+        "NF4": (to_nf4(weight, double=False), ONCE),
+        "NF4, double quantization": (to_nf4(weight, double=True), TWICE),
     }
     size = weight.square().mean().sqrt()
     return {
         name: {"error": ((back - weight).square().mean().sqrt() / size).item(), "bits": bits}
         for name, (back, bits) in ways.items()
     }
+
+
+def weights_gb(config: PretrainedConfig) -> dict[str, float]:
+    """GB of a model's weights in 16 bits and in doubly quantized NF4, without reading them.
+
+    Embeddings, norms and head stay in 16 bits, as bitsandbytes leaves them.
+    """
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    packed = sum(m.weight.numel() for m in linear)
+    kept = model.num_parameters() - packed
+    full, four = 2 * (packed + kept) / GB, (packed * TWICE / 8 + 2 * kept) / GB
+    embedded = kept / (packed + kept)
+    return {"GB in 16 bits": full, "GB in NF4": four, "NF4 / 16 bits": four / full,
+            "share not quantized": embedded}  # fmt: skip
 
 
 def is_adapted(model: nn.Module, layer: str) -> bool:
@@ -149,7 +170,7 @@ class Head:
     @property
     def logits_gb(self) -> float:
         """All logits at once, in float32."""
-        return self.tokens * self.vocabulary * 4 / 1024**3
+        return self.tokens * self.vocabulary * 4 / GB
 
 
 # Run in a process of its own, so that its peak is the head's and nothing else's. The peak is read

@@ -6,9 +6,9 @@ from scripts.plots.data import data_check, pair_lengths
 from scripts.plots.evaluation import before_after
 from scripts.plots.lessons import (
     beta_surface,
-    cures,
     displacement,
     head_memory,
+    length_hacking,
     quantization,
     spectrum,
 )
@@ -23,11 +23,11 @@ __all__ = [
     "beta_surface",
     "coloured_answers",
     "compared_runs",
-    "cures",
     "data_check",
     "described",
     "displacement",
     "head_memory",
+    "length_hacking",
     "loss_curve",
     "memory_timeline",
     "pair_lengths",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from textwrap import fill
-
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.contour import ContourSet
@@ -18,18 +17,21 @@ from scripts.plots.style import (
     NEUTRAL,
     ORANGE,
     PALETTE,
-    PURPLE,
     REJECTED,
     REJECTED_MARK,
     STYLE,
     described,
 )
 
-ARM_STYLES = {
-    "sigmoid": (REJECTED, REJECTED_MARK, "-"),
+ARM_STYLES = {  # of lessons.failures.ARMS
+    "alone": (REJECTED, REJECTED_MARK, "-"),
     "sft": (CHOSEN, CHOSEN_MARK, "--"),
-    "norm": (ACCENT, ACCENT_MARK, "-."),
-    "balanced": (PURPLE, "s", ":"),
+    "sft_fifth": (ACCENT, ACCENT_MARK, "-."),
+}
+LENGTH_ARMS = {  # the failure and its two cures
+    "lopsided": "lopsided pairs,\nlog-ratios of answers",
+    "norm": "lopsided pairs,\nlog-ratios per token",
+    "alone": "pairs of like length,\nlog-ratios of answers",
 }
 BASE_HATCH = "///"
 LEVELS = (0.05, 0.2, 0.69, 1.5, 3.0)  # nats of loss, a contour each
@@ -93,25 +95,26 @@ def _label_contours(axis: Axes, lines: ContourSet, beta: float, reach: float) ->
 def displacement(results: dict) -> Figure:
     """Both answers' log-ratios while training, with and without an SFT term, from `lessons.json`.
 
-    Likelihood displacement: Razin et al., arXiv 2410.08847, section 3.
+    Faint: each step's pairs; strong: the mean of the last four steps. Likelihood displacement:
+    Razin et al., arXiv 2410.08847, section 3.
     """
-    names = [name for name in ("sigmoid", "sft") if name in results["arms"]]
+    names = [name for name in ARM_STYLES if name in results["arms"]]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
         for name in names:
             arm, (colour, mark, dash) = results["arms"][name], ARM_STYLES[name]
             steps = arm["steps"]
             for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
-                ratio = np.array(steps[f"rewards/{side}"]) / arm["beta"]
-                axis.plot(steps["step"], ratio, dash, color=colour, marker=mark, label=arm["title"])
+                ratio = pd.Series(steps[f"rewards/{side}"], steps["step"]) / arm["beta"]
+                axis.plot(ratio, color=colour, alpha=0.25, lw=1)
+                smooth = ratio.rolling(4, min_periods=1).mean()  # a step is of few pairs
+                axis.plot(smooth, dash, color=colour, marker=mark, label=arm["title"])
         for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
             axis.axhline(0, color=NEUTRAL, lw=0.8)
-            axis.set(xlabel="optimiser step", ylabel="log-ratio (nats an answer)")
+            axis.set(xlabel="optimiser step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set_title(f"{side} answers", loc="left")
-        low = min(axis.get_ylim()[0] for axis in axes)
-        high = max(axis.get_ylim()[1] for axis in axes)
-        for axis in axes:
-            axis.set_ylim(low, high)
+        axes[0].set_ylabel("log-ratio (nats an answer)")
         axes[0].legend()
     told = "; ".join(_arm_in_words(results["arms"][n]) for n in names)
     return described(figure, f"Log-ratios of chosen and rejected answers by step. {told}.")
@@ -122,58 +125,50 @@ def _arm_in_words(arm: dict) -> str:
     return f"{arm['title']}: on held-out pairs chosen {chosen:+.1f}, rejected {rejected:+.1f} nats"
 
 
-def cures(results: dict) -> Figure:
-    """The arms side by side: held-out log-ratios, how far margins follow length, and replies."""
-    arms = results["arms"]
+def length_hacking(results: dict) -> Figure:
+    """Held-out margins against length, a panel an arm, from `lessons.json`.
+
+    Left of the dashed line the chosen answer is the longer one. Margins are signed square roots, so
+    that small ones can be seen beside large ones; what counts is on which side of 0 they lie.
+    """
+    arms = {t: results["arms"][n] for n, t in LENGTH_ARMS.items() if n in results["arms"]}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, 2, figsize=(8, 5.4), layout="constrained")
-        ratios, follow, lengths, shares = axes.flat
-        titles = [fill(arm["title"], 11) for arm in arms.values()]
-        colours = [ARM_STYLES[name][0] for name in arms]
-        x = np.arange(len(arms))
-        for shift, side, colour, hatch in ((-0.2, "chosen", CHOSEN, None),
-                                           (0.2, "rejected", REJECTED, "...")):  # fmt: skip
-            values = [np.mean(a["held_out"][side]) for a in arms.values()]
-            ratios.bar(x + shift, values, 0.38, color=colour, hatch=hatch, ec="white", label=side)
-        ratios.axhline(0, color=NEUTRAL, lw=0.8)
-        ratios.set(ylabel="nats an answer")
-        ratios.set_title("held-out log-ratios", loc="left")
-        ratios.legend()
-        _bars(
-            follow,
-            x,
-            [a["held_out"]["length"]["margin_correlation"] or 0 for a in arms.values()],
-            colours,
+        figure, axes = plt.subplots(
+            1, len(arms), figsize=(8, 3.3), sharex=True, layout="constrained", squeeze=False
         )
-        follow.set(ylabel="correlation", ylim=(-1, 1.15))
-        follow.axhline(0, color=NEUTRAL, lw=0.8)
-        follow.set_title("margin with length difference", loc="left")
-        base = results["base"]
-        _bars(lengths, x, [a["replies"]["length"] for a in arms.values()], colours, "{:.0f}")
-        lengths.axhline(base["length"], color=NEUTRAL, ls="--", label="base model")
-        lengths.set(ylabel="tokens")
-        lengths.set_title("reply length", loc="left")
-        lengths.legend(loc="lower right", frameon=True)
-        name, title = ("facts", "key facts mentioned")
-        if base["facts"] is None:
-            name, title = "finished", "replies that finish"
-        _bars(shares, x, [a["replies"][name] for a in arms.values()], colours)
-        shares.axhline(base[name], color=NEUTRAL, ls="--", label="base model")
-        shares.set(ylabel="share", ylim=(0, 1.1))
-        shares.set_title(title, loc="left")
-        shares.legend(loc="lower right", frameon=True)
-        for axis in axes.flat:
-            axis.set_xticks(x, titles, fontsize=8)
-            axis.grid(axis="x", visible=False)
+        for axis, (title, arm) in zip(axes[0], arms.items(), strict=True):
+            _margins_by_length(axis, arm)
+            axis.set_title(title, loc="left")
+        axes[0, 0].set_ylabel("margin (signed root of nats)")
     told = "; ".join(
-        f"{_arm_in_words(a)}, replies of {a['replies']['length']:.0f} tokens" for a in arms.values()
+        f"{title}: accuracy " + ", ".join(f"{v:.2f} with the {n}" for n, v in _known(arm))
+        for title, arm in arms.items()
     )
-    return described(figure, f"{len(arms)} short runs compared. {told}.")
+    return described(figure, f"Margins of held-out pairs against the answers' lengths. {told}.")
 
 
-def _bars(axis: Axes, x: np.ndarray, values: list, colours: list, form: str = "{:.2f}") -> None:
-    bars = axis.bar(x, values, 0.6, color=colours)
-    axis.bar_label(bars, [form.format(v) for v in values], padding=2, fontsize=8)
+def _known(arm: dict) -> list[tuple[str, float]]:
+    """The accuracies that there were pairs for."""
+    return [(name, v) for name, v in arm["held_out"]["accuracy"].items() if v is not None]
+
+
+def _margins_by_length(axis: Axes, arm: dict) -> None:
+    held = arm["held_out"]
+    gap, margin = (np.array(held[name], float) for name in ("length_gap", "margin"))
+    y = np.sign(margin) * np.sqrt(np.abs(margin))
+    for won, colour, mark in ((y > 0, CHOSEN, CHOSEN_MARK), (y <= 0, REJECTED, REJECTED_MARK)):
+        axis.plot(np.exp(gap[won]), y[won], mark, color=colour, ms=4.5)
+    reach = 1.6 * max(np.abs(y).max(initial=0), 0.1)
+    axis.axhline(0, color=NEUTRAL, lw=0.8)
+    axis.axvline(1, color=NEUTRAL, ls="--", lw=0.8)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(ylim=(-reach, reach), xlabel="rejected / chosen (tokens)")
+    places = {"chosen longer": (0.02, "left"), "chosen shorter": (0.98, "right")}
+    for name, value in _known(arm):
+        x, side = places[name]
+        axis.text(x, 0.98, f"{name}:\n{value:.0%} right", transform=axis.transAxes, va="top",
+                  ha=side, fontsize=8)  # fmt: skip
 
 
 def quantization(blocks: np.ndarray, levels: dict[str, np.ndarray], errors: dict) -> Figure:

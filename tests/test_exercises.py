@@ -1,0 +1,197 @@
+"""The notebook's exercises: every folded answer is taken out, run, and held against the helpers."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig
+
+from scripts.cli import ROOT
+from scripts.config import load_config
+from scripts.data import length_lesson
+from scripts.doctor import diagnose, read_run
+from scripts.lessons import byhand, compression, slider
+from scripts.measures.winrate import length_controlled
+from scripts.pairs.report import length_bias
+from scripts.planning.dataset import training_steps
+from scripts.planning.memory import architecture, model_sizes
+from scripts.run import NOTEBOOK
+
+CELLS = {cell["id"]: "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]}
+EXERCISES = {name: text for name, text in CELLS.items() if name.startswith("exercise-")}
+FOLDED = re.compile(r"<details>\n<summary>Answer</summary>\n\n(.*?)\n</details>", re.DOTALL)
+LLAMA = "configs/llama3-8b-a100.yaml"
+
+
+def answer(name: str) -> tuple[dict, str]:
+    """What the folded code of an exercise defines, and the words below it."""
+    (folded,) = FOLDED.findall(EXERCISES[name])
+    code, words = re.fullmatch(r"```python\n(.*?)```\n\n(.*)", folded, re.DOTALL).groups()
+    names: dict = {}
+    exec(code, names)
+    return names, words
+
+
+def said(words: str) -> list[float]:
+    """The numbers that the words give, in their order."""
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", words)
+    return [float(number) for number in re.findall(r"(?<![\w.^{])-?\d+(?:\.\d+)?", plain)]
+
+
+def pair(chosen, ref_chosen, rejected, ref_rejected, beta=0.1) -> byhand.ByHand:
+    policy, reference = (
+        {"chosen": torch.tensor([c]), "rejected": torch.tensor([r])}
+        for c, r in ((chosen, rejected), (ref_chosen, ref_rejected))
+    )
+    return byhand.ByHand(policy, reference, beta)
+
+
+def one(tmp):
+    names, words = answer("exercise-1")
+    before, lower = pair(-12.0, -14.0, -20.0, -19.0), pair(-18.0, -14.0, -26.0, -19.0)
+    for figure in ("margin", "loss", "weight"):
+        assert names[figure] == pytest.approx(getattr(before, figure).item(), abs=1e-6)
+    assert names["both_lower"] == pytest.approx(lower.margin.item(), abs=1e-6)
+    assert lower.loss.item() == pytest.approx(before.loss.item(), abs=1e-6)
+    exact = [names[figure] for figure in ("margin", "loss", "weight")]
+    assert said(words)[:3] == pytest.approx(exact, abs=5e-3)
+
+
+def two(tmp):
+    names, words = answer("exercise-2")
+    cfg = load_config(LLAMA, may_lack_gpu=True)
+    assert names["weights"] == model_sizes(cfg).linear
+    errors = compression.quantization_errors(torch.randn(64, 64))
+    for name, way in (("nf4", "NF4"), ("nf4_double", "NF4, double quantization")):
+        bits = names[name] * 8 * compression.GB / names["weights"]
+        assert bits == pytest.approx(errors[way]["bits"], rel=1e-6)
+    counted = compression.weights_gb(architecture(cfg))
+    saved = counted["GB in 16 bits"] - counted["GB in NF4"]
+    assert names["sixteen_bits"] - names["nf4_double"] == pytest.approx(saved, rel=1e-6)
+    assert names["logits"] == pytest.approx(compression.Head(tokens=1024).logits_gb)
+    exact = [names[n] for n in ("sixteen_bits", "nf4", "nf4_double", "logits")]
+    assert said(words)[:4] == pytest.approx(exact, abs=5e-3)
+
+
+def three(tmp):
+    names, words = answer("exercise-3")
+    sizes = model_sizes(load_config(LLAMA, may_lack_gpu=True))
+    assert names["whole"] == sizes.trained == said(words)[0]
+    assert round(100 * sizes.trained / (sizes.base + sizes.trained), 2) == said(words)[1]
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False))
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(layer, LoraConfig(r=3, target_modules=["0"]))
+    assert names["added"](40, 24, 3) == adapted.get_nb_trainable_parameters()[0]
+
+
+def four(tmp):
+    rule = answer("exercise-4")[0]["shorter_wins"]
+    tokens = np.random.default_rng(0).integers(1, 9, (199, 3))
+    lengths = pd.DataFrame(tokens, columns=["prompt", "chosen", "rejected"])
+    lengths["chosen"] = lengths["chosen"].clip(upper=6)
+    share = rule(lengths["chosen"], lengths["rejected"])
+    assert f"in {share:.0%} of the pairs" in length_lesson(lengths)
+    assert share == pytest.approx(length_bias(lengths.to_numpy())["length_rule_accuracy"])
+    assert rule([1, 2, 3], [2, 2, 2]) == 0.5
+
+
+def five(tmp):
+    names, words = answer("exercise-5")
+    for beta, nats in names["apart"].items():
+        assert nats == pytest.approx(slider.nats_apart(beta))
+        assert pair(nats, 0.0, 0.0, 0.0, beta).loss.item() == pytest.approx(0.1, abs=1e-5)
+    assert said(words)[:3] == pytest.approx([*names["apart"].values()], abs=0.05)
+    cfg = load_config("configs/smollm2-135m-cpu.yaml")
+    assert cfg.dpo.per_device_train_batch_size * cfg.dpo.gradient_accumulation_steps == 8
+    assert names["steps"] == training_steps(cfg, 453) == said(words)[-1]
+
+
+def six(tmp, tiny_trainer):
+    loss = answer("exercise-6")[0]["norm_loss"]
+    trainer = tiny_trainer(loss_type="sigmoid_norm", beta=5.0, max_steps=2)
+    trainer.train()
+    row = trainer.train_dataset[0]
+    theirs = byhand.by_trl(trainer, row)["loss"]
+    assert abs(theirs - math.log(2)) > 0.05  # else any loss would do
+    mine = loss(byhand.by_hand(trainer, row), trainer.beta).item()
+    assert mine == pytest.approx(theirs, abs=2e-4)
+
+
+def seven(tmp):
+    names, _ = answer("exercise-7")
+    steps = [
+        {"step": i, "loss": 0.69 - i / 40, "learning_rate": 1e-4, "rewards/chosen": -i / 10,
+         "rewards/rejected": -i / 4, "rewards/margins": 0.15 * i, "rewards/accuracies": 0.95}
+        for i in range(1, 21)
+    ]  # fmt: skip
+    steps[-4:] = [steps[-1] | {"step": i} for i in range(17, 21)]
+    (tmp / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (tmp / "config.yaml").write_text(yaml.safe_dump({"beta": 0.1, "loss_type": ["sigmoid"]}))
+    assert steps[-1]["rewards/chosen"] == -2 and steps[-1]["rewards/rejected"] == -5
+    found = diagnose(read_run(tmp))[0]
+    assert found.name == names["finding"]
+    assert f"e^{math.log(names['times']):.1f} times" in found.evidence
+    told = yaml.safe_load("{" + found.change.split(";")[0].replace(" with ", ", ") + "}")
+    assert told == names["change"]
+    assert load_config("configs/smollm2-135m-cpu.yaml", names["change"]).dpo.loss_type[1] == "sft"
+
+
+def eight(tmp):
+    names, words = answer("exercise-8")
+    wins = [1.0] * 9 + [0.5] * 5 + [0.0] * 6
+    lengths = np.random.default_rng(0).integers(5, 50, (2, 20))
+    rate = length_controlled(wins, *lengths, range(20))["raw"]["mean"]
+    assert names["win_rate"] == pytest.approx(rate) == said(words)[0]
+    assert names["is_a_finding"] is False
+
+
+ANSWERS = (one, two, three, four, five, six, seven, eight)
+CHECKS = {f"exercise-{i}": check for i, check in enumerate(ANSWERS, 1)}
+
+
+def test_every_exercise_is_checked_and_numbered_in_order():
+    assert list(EXERCISES) == list(CHECKS)
+    for name, text in EXERCISES.items():
+        assert text.startswith(f"**Exercise {name.partition('-')[2]}.** ")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_folded_answer_is_right(name, tmp_path, request):
+    check = CHECKS[name]
+    more = [request.getfixturevalue("tiny_trainer")] if check is six else []
+    check(tmp_path, *more)
+
+
+# What a slip would make of each answer: the check above must not let it pass.
+SLIPS = {
+    "exercise-1": ("-20 - (-19)", "-19 - (-20)"),
+    "exercise-2": ("8 / 64", "8 / 256"),
+    "exercise-3": ("(out_features + in_features)", "out_features * in_features"),
+    "exercise-4": ("np.asarray(rejected_tokens) - np.asarray(chosen_tokens)",
+                   "np.asarray(chosen_tokens) - np.asarray(rejected_tokens)"),
+    "exercise-5": ("-log(expm1(0.1)) / beta", "-log(0.1) / beta"),
+    "exercise-6": (".mean()", ".sum()"),
+    "exercise-7": ("exp(2.0 / 0.1)", "exp(2.0 * 0.1)"),
+    "exercise-8": ("5 / 2", "5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_wrong_answer_does_not_pass(name, tmp_path, request, monkeypatch):
+    right, wrong = SLIPS[name]
+    assert EXERCISES[name].count(right) == 1
+    monkeypatch.setitem(EXERCISES, name, EXERCISES[name].replace(right, wrong))
+    with pytest.raises(AssertionError):
+        test_the_folded_answer_is_right(name, tmp_path, request)
+
+
+def test_the_small_models_architecture_has_the_sizes_that_the_notebook_compares():
+    """Section 4's table of sizes reads these files; a model that stands in them is counted."""
+    small = AutoConfig.from_pretrained(ROOT / "configs/architectures/SmolLM2-135M-Instruct.json")
+    assert compression.weights_gb(small)["GB in NF4"] == pytest.approx(0.102, abs=2e-3)
