@@ -111,7 +111,8 @@ def eval_results(cfg: Config, figures: dict) -> list[EvalResult]:
     name = data_name(cfg)
     shared = {
         "task_type": "text-generation", "dataset_name": f"{name}, held out",
-        "dataset_type": name, "dataset_split": "test",
+        # An id where it is the hub's; a local name must not pass for one.
+        "dataset_type": name if on_hub(cfg) else name.split("/")[-1], "dataset_split": "test",
         "dataset_revision": read_origins(cfg.run_dir).get("dataset", {}).get("commit"),
     }  # fmt: skip
     values = {
