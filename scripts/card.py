@@ -29,7 +29,8 @@ SETTINGS = (
     "gradient_accumulation_steps", "max_length", "optim", "max_grad_norm", "bf16", "seed", "dtype",
     "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "use_peft",
     "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target_modules",
-    "prefix_sharing", "merge_dtype", "test_split_size", "train_samples", "eval_samples",
+    "prefix_sharing", "merge_into", "merge_dtype", "test_split_size", "train_samples",
+    "eval_samples",
 )  # fmt: skip
 # Measures of which more is worse, and those that are neither good nor bad.
 LESS_IS_BETTER = ("refused", "unsupported", "repeated", "base_nll")
@@ -111,7 +112,8 @@ def eval_results(cfg: Config, figures: dict) -> list[EvalResult]:
     name = data_name(cfg)
     shared = {
         "task_type": "text-generation", "dataset_name": f"{name}, held out",
-        "dataset_type": name, "dataset_split": "test",
+        # An id where it is the hub's; a local name must not pass for one.
+        "dataset_type": name if on_hub(cfg) else name.split("/")[-1], "dataset_split": "test",
         "dataset_revision": read_origins(cfg.run_dir).get("dataset", {}).get("commit"),
     }  # fmt: skip
     values = {
@@ -202,7 +204,7 @@ def _data_section(cfg: Config, along: bool) -> str:
     if origin.get("commit"):
         lines[0] += f" at commit `{origin['commit']}`"
     if origin.get("content"):
-        lines[0] += f" (SHA-256 of the files begins with `{origin['content']}`)"
+        lines[0] += f" (digest of its files: `{origin['content']}`)"
     lines[0] += "."
     dropped = cfg.run_dir / "dropped_rows.jsonl"
     if dropped.is_file() and (count := len(dropped.read_bytes().splitlines())):

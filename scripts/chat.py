@@ -334,17 +334,30 @@ def web_page(chat: Chat, system: str = "") -> gradio.Blocks:
 
 
 def serve(chat: Chat, *, port: int | None = None, system: str = "") -> gradio.Blocks:
-    """Serve the page to this machine alone, without waiting; its address is `local_url`."""
+    """Serve the page to this machine alone, without waiting; its address is `local_url`.
+
+    Raises:
+        ChatError: the port is taken, or a proxy keeps the page from answering.
+    """
     page = web_page(chat, system)
     import gradio as gr
 
     # Fonts of the system's own: gradio's default ones are fetched from Google.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    page.launch(
-        share=False, server_name="127.0.0.1", server_port=port, inbrowser=False, quiet=True,
-        prevent_thread_lock=True, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
-        mcp_server=False, enable_monitoring=False, theme=theme, height=820,
-    )  # fmt: skip
+    try:
+        page.launch(
+            share=False, server_name="127.0.0.1", server_port=port, inbrowser=False, quiet=True,
+            prevent_thread_lock=True, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
+            mcp_server=False, enable_monitoring=False, theme=theme, height=820,
+        )  # fmt: skip
+    except OSError as error:
+        raise ChatError(f"no page can be served at port {port or 7860}: {error}") from None
+    except Exception as error:  # gradio asks its own page, and a proxy may stand between
+        page.close()
+        raise ChatError(
+            f"the page does not answer ({' '.join(str(error).split())[:150]}): with a proxy set, "
+            "export no_proxy=localhost,127.0.0.1"
+        ) from None
     return page
 
 

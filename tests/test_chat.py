@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import socket
 import sys
 import threading
 from dataclasses import replace
@@ -317,6 +318,24 @@ def test_without_gradio_the_notebook_says_how_in_one_line(finished, monkeypatch,
 
 
 # --- in a browser
+
+
+@pytest.mark.parametrize("fault", ["port", "proxy"])
+def test_a_page_that_cannot_be_served_is_one_line(parrots, monkeypatch, fault):
+    pytest.importorskip("gradio", reason="pip install -r requirements-chat.txt")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        if fault == "proxy":
+            taken.close()
+            for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+                monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+            for name in ("no_proxy", "NO_PROXY"):
+                monkeypatch.delenv(name, raising=False)
+        told = "no_proxy" if fault == "proxy" else f"at port {port}"
+        with pytest.raises(ChatError, match=told):
+            chatting.serve(parrots, port=port)
 
 
 @pytest.fixture

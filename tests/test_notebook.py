@@ -78,6 +78,7 @@ def test_the_notebook_runs_with_papermill(tmp_path):
     assert figures["prompts"] == 4
     assert "Before and after on 4 held-out prompts" in done.stdout
     assert "step    3/3" in done.stdout
+    assert "Nobody is here to chat (headless)" in done.stdout
     executed = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
     assert not [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
     refused = run("--output-dir", str(tmp_path / "run"), *options)

@@ -5,8 +5,11 @@ The hub is a server on loopback (`tests/upload_hub.py`); the uploads are hugging
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +21,7 @@ from upload_hub import OWNER, TOKEN, UploadHub, card_errors, receiving
 
 from scripts import export
 from scripts.card import CardError, got_worse, limits, read_figures
-from scripts.cli import InputError, RecipeError, parse
+from scripts.cli import ROOT, InputError, RecipeError, parse
 from scripts.config import Config, load_config
 from scripts.licences import LLAMA, LicenceError, terms_of
 from scripts.publish import Parcel, PushError, base_name, pack, repo_for, send
@@ -189,7 +192,7 @@ def test_the_card_tells_the_whole_run(finished):
                  "What it is not for", "Versions", "Licence"):  # fmt: skip
         assert f"\n## {head}\n" in text
     assert "0.67 [0.62, 0.72]" in text  # with its interval
-    assert "`data/grounded` (SHA-256 of the files begins with `6829e300f940ba15`)" in text
+    assert "`data/grounded` (digest of its files: `6829e300f940ba15`)" in text
     assert "57 optimiser steps" in text and "learning_rate: 0.0002" in text
     assert "| torch | 2.13.0 |" in text
     assert "output_dir" not in text and str(finished.run_dir) not in text
@@ -502,6 +505,36 @@ def test_an_upload_that_breaks_off_goes_on_at_the_second_call(finished, hub):
     again = {path.split("/")[2] for method, path in server.asked[before:] if method == "PUT"}
     assert lost in again and not again & arrived
     assert not list((finished.run_dir / "hub").glob("*.begun"))
+
+
+@pytest.mark.slow
+def test_a_push_that_was_killed_goes_on_at_the_second_call(finished):
+    """The command itself, as a process that is killed while a file is on its way."""
+    second = finished.run_dir / "merged" / "model-00002-of-00002.safetensors"
+    lost = hashlib.sha256(second.read_bytes()).hexdigest()
+    started = []
+
+    def kill(method: str, path: str, before: int) -> str | None:
+        if method != "PUT" or lost not in path or len(started) > 1:
+            return None
+        started[0].kill()
+        return "cut"
+
+    server = UploadHub(kill)
+    with receiving(server) as url:
+        command = [sys.executable, "-m", "scripts.export", "push", "--what", "merged", "--send",
+                   "--config", str(finished.run_dir / "config.yaml")]  # fmt: skip
+        for code in (-9, 0):
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=os.environ | {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN,
+                                  "HF_HUB_DISABLE_XET": "1"},
+            )  # fmt: skip
+            started.append(process)
+            out, _ = process.communicate(timeout=300)
+            assert process.returncode == code, out
+            assert bool(sent(server)) == (code == 0)
+    assert sent(server)[second.name] == second.read_bytes() and "sent: " in out
 
 
 def test_what_broke_off_at_one_repository_gives_no_right_to_another(finished, hub):
