@@ -138,11 +138,11 @@ def measure(
     cfg = load_config(config, overrides | values)
     if case == "data":
         trainer = assemble(cfg).trainer
+        trainer.remove_callback(RunLog)
         require_sharing(trainer, cfg)
     else:
         trainer = trial_trainer(cfg, (prompt, chosen, rejected), size * steps)
     device = trainer.accelerator.device
-    trainer.remove_callback(RunLog)
     recorder = StepRecorder(trainer)
     limit = matmul_limit(device, torch.bfloat16)
     before = peak_memory(device)

@@ -8,6 +8,7 @@ from trl import DPOTrainer
 
 from scripts.cli import RecipeError
 from scripts.config import Config
+from scripts.monitoring.steps import RunLog
 from scripts.training import assemble
 
 
@@ -25,6 +26,7 @@ def trial_trainer(cfg: Config, sizes: tuple[int, int, int], count: int) -> DPOTr
     # TRL tokenises text when it builds a trainer; what it trains on is replaced afterwards.
     text = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([pair])))
     run = assemble(cfg, text)
+    run.trainer.remove_callback(RunLog)  # a trial leaves the log of a real run in its folder alone
     require_sharing(run.trainer, cfg)
     run.trainer.train_dataset = random_pairs(len(run.tokenizer), sizes, count)
     return run.trainer
