@@ -259,6 +259,10 @@ def test_one_command_runs_the_arms_and_the_figures_draw_its_file(tiny_cfg, many_
     frame = failures.table(results)
     assert list(frame.index) == ["before training", *(a.title for a in failures.ARMS.values())]
     assert frame["right replies"].notna().all()
+    fell = "rose" if np.mean(alone["held_out"]["chosen"]) > 0 else "fell"
+    assert f"DPO alone: held-out chosen answers {fell}" in failures.displacement_in_words(results)
+    share = lopsided["held_out"]["accuracy"]["chosen longer"]
+    assert f"lopsided pairs: {share:.0%} right where" in failures.length_in_words(results)
     for figure in (plots.displacement(results), plots.length_hacking(results)):
         assert "DPO alone" in figure.get_label() or "pairs of like length" in figure.get_label()
 

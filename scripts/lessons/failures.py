@@ -261,6 +261,34 @@ def in_a_line(result: dict) -> str:
     )
 
 
+def displacement_in_words(results: dict) -> str:
+    """What became of the chosen answers, with and without an SFT term: a line an arm."""
+    lines = []
+    for name in ("alone", "sft", "sft_fifth"):
+        arm = results["arms"][name]
+        chosen, rejected = (np.array(arm["held_out"][side]) for side in SIDES)
+        went = "rose" if chosen.mean() > 0 else "fell"
+        lines.append(
+            f"{arm['title']}: held-out chosen answers {went} by {abs(chosen.mean()):.1f} nats "
+            f"({(chosen < 0).mean():.0%} of them fell), rejected by {rejected.mean():+.1f}; "
+            f"{(chosen > rejected).mean():.0%} of the pairs right"
+        )
+    return "\n".join(lines)
+
+
+def length_in_words(results: dict) -> str:
+    """How often each arm is right where length says the wrong thing, and where the right one."""
+    lines = []
+    trained_on = {name: results["arms"][name]["title"] for name in ("lopsided", "norm")}
+    for name, title in (trained_on | {"alone": "pairs of like length"}).items():
+        right = results["arms"][name]["held_out"]["accuracy"]
+        lines.append(
+            f"{title}: {right['chosen longer']:.0%} right where the chosen answer is the "
+            f"longer, {right['chosen shorter']:.0%} where it is the shorter"
+        )
+    return "\n".join(lines)
+
+
 def table(results: dict) -> pd.DataFrame:
     """The arms of `lessons.json` beside the model before training, one row each."""
     rows = {"before training": {"replies (tokens)": results["base"]["length"],
