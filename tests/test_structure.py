@@ -153,8 +153,9 @@ def test_the_launchable_needs_no_torch():
 
 @pytest.mark.parametrize(
     "command",
-    ["data check", "data build", "plan validate", "plan", "export push", "benchmark", "run"],
-)
+    ["data check", "data build", "plan validate", "plan", "export push", "export gguf", "export",
+     "serve", "benchmark", "run"],
+)  # fmt: skip
 def test_help_tells_the_options_of_the_action(command):
     done = subprocess.run(
         [sys.executable, "-m", *f"scripts.{command} --help".split()],
@@ -162,5 +163,6 @@ def test_help_tells_the_options_of_the_action(command):
     )  # fmt: skip
     assert done.returncode == 0
     option = {"data build": "--judge-url", "plan": "--lengths", "benchmark": "--repeats"}
+    option |= {"export gguf": "--types", "export": "--rows", "serve": "--least-same"}
     assert option.get(command, "--config") in done.stdout
     assert f"python -m scripts.{command.split()[0]}" in done.stdout
