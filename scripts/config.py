@@ -245,7 +245,8 @@ def run_name(stem: str, file: dict[str, Any], given: dict[str, Any]) -> str:
     """The run's name: that of its config, and what `given` says otherwise than the `file`.
 
     Only what the trained weights depend on is in it, so a run that goes on with another way to log
-    or to save goes on in its own folder. Many or long values are told by a digest.
+    or to save goes on in its own folder; and not the processor. Many or long values are told by a
+    digest.
 
     Example:
         >>> run_name("llama3-8b-a100", {"beta": 0.1}, {"beta": 0.2})
@@ -254,7 +255,7 @@ def run_name(stem: str, file: dict[str, Any], given: dict[str, Any]) -> str:
     changed = {
         key: value
         for key, value in sorted(given.items())
-        if not is_harmless(key) and (key not in file or file[key] != value)
+        if not is_harmless(key) and key != "use_cpu" and (key not in file or file[key] != value)
     }
     words = [f"{key}-{_as_name(value)}" for key, value in changed.items()]
     name = "-".join([stem, *words])

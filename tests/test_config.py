@@ -215,7 +215,7 @@ def test_a_run_folder_is_named_after_config_and_overrides():
 
     assert folder() == "outputs/smollm2-135m-cpu"
     assert folder(beta=0.2) == "outputs/smollm2-135m-cpu-beta-0.2"
-    assert folder(beta=0.1) == folder()  # what the file says anyway
+    assert folder(beta=0.1) == folder(use_cpu=True) == folder()  # what the file says anyway
     # How it is logged, saved or measured makes no other run: it goes on in its folder.
     assert folder(save_steps=7, max_new_tokens=9, activation_checkpointing=True) == folder()
     assert folder(learning_rate=3e-4, beta=0.2) == folder(beta=0.2, learning_rate=3e-4)
@@ -229,10 +229,11 @@ def test_a_run_folder_is_named_after_config_and_overrides():
 
 
 def test_a_value_changed_after_the_config_was_read_is_told():
-    cfg = load_config(DEFAULT, {"beta": 0.2})
-    refuse_changed(cfg, DEFAULT, {"beta": 0.2}, None)
-    cfg.settle_max_length(64)  # as the data decided, where it was asked to
-    refuse_changed(cfg, DEFAULT, {"beta": 0.2, "max_length": "auto"}, None)
+    asked = {"beta": 0.2, "max_length": "auto"}
+    cfg = load_config(DEFAULT, asked)
+    refuse_changed(cfg, DEFAULT, asked, None)
+    cfg.settle_max_length(64)  # as the data decides it
+    refuse_changed(cfg, DEFAULT, asked, None)
     with pytest.raises(ConfigError, match=r"`beta` is 0\.3 there and 0\.2 here.*Run the cells"):
         refuse_changed(cfg, DEFAULT, {"beta": 0.3, "max_length": "auto"}, None)
     with pytest.raises(ConfigError, match="`output_dir` is 'outputs/b' there"):
