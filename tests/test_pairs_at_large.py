@@ -175,6 +175,12 @@ def test_as_many_are_held_out_as_tell_a_share_and_a_fifth_at_most():
     assert "±0.13 (95%); ±0.10 would take 97" in held_out_text(60)
 
 
+def test_some_prompts_are_trained_on_however_large_the_share_held_out(tiny_cfg, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [explicit(f"Q{i}?", "Yes.", "No.") for i in range(4)])
+    pairs, _ = check_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.99))
+    assert [len(pairs[split]) for split in ("train", "test")] == [1, 3]
+
+
 def test_the_report_says_the_format_and_what_the_held_out_pairs_show(
     tiny_cfg, tiny_llama3, tmp_path
 ):
