@@ -207,3 +207,11 @@ def test_a_file_that_is_no_yaml_is_one_line(tmp_path, text):
     path.write_bytes(text)
     with pytest.raises(ConfigError, match=r"odd\.yaml"):
         load_config(path)
+
+
+def test_a_path_that_is_there_is_meant_by_its_name_whatever_yaml_makes_of_it(tmp_path):
+    for name in ("my #1 pairs.jsonl", "a: b.jsonl", "[draft].jsonl", "2024"):
+        (tmp_path / name).write_text("{}")
+        path = str(tmp_path / name)
+        assert parse_overrides([f"dataset_name={path}"]) == {"dataset_name": path}
+    assert parse_overrides(["dataset_name=null"]) == {"dataset_name": None}
