@@ -107,6 +107,21 @@ TWINS = {
         },
         TALK,
     ),
+    "orca, whole conversations": (
+        {"question": Q, "chosen": turns(Q, YES), "rejected": turns(Q, NO)},
+        PLAIN,
+    ),
+    "sharegpt, with the chosen answer at the end": (
+        {
+            "conversations": [
+                {"from": "human", "value": Q},
+                {"from": "gpt", "value": YES},
+            ],
+            "chosen": {"from": "gpt", "value": YES},
+            "rejected": {"from": "gpt", "value": NO},
+        },
+        PLAIN,
+    ),
     "sharegpt": (
         {
             "conversations": [
@@ -479,6 +494,16 @@ def test_columns_that_nearly_fit_are_told_with_the_cure(tiny_cfg, tmp_path):
     assert len(check_preferences(tiny_cfg(dataset_name=str(path), **names))[0]["train"]) == 2
     with pytest.raises(DataError, match="dataset_format orca needs columns question, chosen"):
         check_preferences(tiny_cfg(dataset_name=str(path), dataset_format="orca"))
+
+
+def test_a_prompt_in_a_column_of_no_known_name_is_asked_for_and_not_made_up(tiny_cfg, tmp_path):
+    answers = [("So it is.", "That may be."), ("So it is, yes.", "So it is not, no.")] * 5
+    rows = [{"input": f"Q{i}?", "chosen": a, "rejected": b} for i, (a, b) in enumerate(answers)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"columns chosen, input, rejected: .*{its_name: prompt}"):
+        check_preferences(tiny_cfg(dataset_name=str(path)))
+    cfg = tiny_cfg(dataset_name=str(path), dataset_columns={"input": "prompt"})
+    assert check_preferences(cfg)[1].bad() == []
 
 
 def test_labels_and_answers_beside_pairs_are_no_sign_of_another_format(tiny_cfg, tmp_path):

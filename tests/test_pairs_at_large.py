@@ -173,6 +173,7 @@ def test_as_many_are_held_out_as_tell_a_share_and_a_fifth_at_most():
     assert held_out_count(0.1, 300) == 30
     assert "±0.10 (95%)" in held_out_text(97) and "would take" not in held_out_text(97)
     assert "±0.13 (95%); ±0.10 would take 97" in held_out_text(60)
+    assert "±0.50 (95%)" in held_out_text(1)  # a share has no more room
 
 
 def test_some_prompts_are_trained_on_however_large_the_share_held_out(tiny_cfg, tmp_path):

@@ -201,12 +201,12 @@ def from_hh(row: dict) -> dict[str, Messages]:
 
 def from_orca(row: dict) -> dict[str, Messages]:
     """Intel/orca_dpo_pairs: `system` (often empty), `question`, `chosen`, `rejected`."""
-    return _pair(as_messages(row.get("question"), "user", "question"), *_answers(row))
+    return from_explicit(row, "question")
 
 
 def from_sharegpt(row: dict) -> dict[str, Messages]:
     """`conversations` as `{"from", "value"}`, and an answer of that shape in either column."""
-    return _pair(as_messages(row.get("conversations"), "user", "conversations"), *_answers(row))
+    return from_messages(row, "conversations")
 
 
 def _history(earlier: Any) -> Messages:
@@ -239,9 +239,9 @@ def from_alpaca(row: dict) -> dict[str, Messages]:
     return _pair([*earlier, {"role": "user", "content": question}], *_answers(row))
 
 
-def from_messages(row: dict) -> dict[str, Messages]:
+def from_messages(row: dict, column: str = "messages") -> dict[str, Messages]:
     """axolotl's `chat_template`: `messages` up to the answer, or with the chosen one at its end."""
-    pair = from_explicit(row, "messages")
+    pair = from_explicit(row, column)
     if pair["prompt"][-1:] == pair["chosen"][-1:]:
         pair["prompt"] = pair["prompt"][:-1]
     return pair
@@ -454,8 +454,21 @@ def detect(columns: set[str], sample: list[dict]) -> str | None:
     if names and names[0] == "hh":
         texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
         spoken = [isinstance(t, str) and bool(TURN.match(t)) for t in texts]
-        return "hh" if 2 * sum(spoken) > len(spoken) else "implicit"
+        if 2 * sum(spoken) > len(spoken):
+            return "hh"
+        return "implicit" if _begin_alike(columns, sample) else None
     return names[0] if names else None
+
+
+def _begin_alike(columns: set[str], sample: list[dict]) -> bool:
+    """Whether nearly all answers begin with a prompt, where another column may hold it: one of a
+    name that no format has would be left out, and the words that two answers begin with alike
+    taken for it."""
+    others = columns - {"chosen", "rejected", "system", "system_prompt"}
+    if not any(isinstance(row.get(name), str) for row in sample for name in others):
+        return True
+    texts = [r for r in sample if r.get("chosen") and r.get("rejected")]
+    return sum(map(_readable(from_implicit), texts)) >= 0.9 * len(texts)
 
 
 def _holds_scores(columns: set[str], sample: list[dict]) -> bool:

@@ -228,6 +228,11 @@ def _no_format(columns: set[str], sample: list[dict]) -> str:
     if len(set(plain.values())) == len(columns) and detect(set(plain.values()), tidy):
         names = ", ".join(f'"{old}": {new}' for old, new in sorted(plain.items()) if old != new)
         return f"the columns fit but for case and spaces; set dataset_columns: {{{names}}}"
+    if {"chosen", "rejected"} <= columns:
+        return (
+            f"columns {_listed(columns)}: none is known to hold the prompt; name the one that does "
+            "in dataset_columns, as {its_name: prompt}"
+        )
     wanted = "; ".join(f"{n}: {', '.join(needed)}" for n, (needed, *_) in FORMATS.items())
     return (
         f"columns {_listed(columns) or '(none)'} fit no known format ({wanted}); name yours in "
