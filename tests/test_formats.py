@@ -496,6 +496,13 @@ def test_columns_that_nearly_fit_are_told_with_the_cure(tiny_cfg, tmp_path):
         check_preferences(tiny_cfg(dataset_name=str(path), dataset_format="orca"))
 
 
+def test_scores_that_no_row_has_in_full_are_told_as_that(tiny_cfg, tmp_path):
+    rows = [{"prompt": f"Q{i}?", "answers": [YES, NO], "scores": [1, None]} for i in range(3)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="would be scored, but no row can be read: scores is not a"):
+        check_preferences(tiny_cfg(dataset_name=str(path)))
+
+
 def test_a_prompt_in_a_column_of_no_known_name_is_asked_for_and_not_made_up(tiny_cfg, tmp_path):
     answers = [("So it is.", "That may be."), ("So it is, yes.", "So it is not, no.")] * 5
     rows = [{"input": f"Q{i}?", "chosen": a, "rejected": b} for i, (a, b) in enumerate(answers)]

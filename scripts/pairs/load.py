@@ -28,7 +28,7 @@ from scripts.pairs.checks import (
     token_problems,
     tool_problems,
 )
-from scripts.pairs.formats import FORMATS, BadRow, detect, fits, further_columns, to_pair
+from scripts.pairs.formats import FORMATS, HOLDS, BadRow, detect, fits, further_columns, to_pair
 from scripts.pairs.report import WIDTH, Z, covering_length
 from scripts.pairs.sources import DataError, Row, named_splits, read_source
 from scripts.pairs.tokens import end_tokens, tokenize_pairs
@@ -228,6 +228,14 @@ def _no_format(columns: set[str], sample: list[dict]) -> str:
     if len(set(plain.values())) == len(columns) and detect(set(plain.values()), tidy):
         names = ", ".join(f'"{old}": {new}' for old, new in sorted(plain.items()) if old != new)
         return f"the columns fit but for case and spaces; set dataset_columns: {{{names}}}"
+    for name in HOLDS:
+        if fits(name, columns) and sample and not {"chosen", "rejected"} & columns:
+            try:
+                FORMATS[name].convert(sample[0])
+            except BadRow as error:
+                return (
+                    f"columns {_listed(columns)} would be {name}, but no row can be read: {error}"
+                )
     if {"chosen", "rejected"} <= columns:
         return (
             f"columns {_listed(columns)}: none is known to hold the prompt; name the one that does "
