@@ -33,6 +33,7 @@ from scripts.values import BadValue, checked, hints_of, is_harmless, missing_pac
 
 MOST_BRACKETS = 1000
 MOST_CHANGES, LONGEST_CHANGES = 4, 80  # overrides, and letters of them, in a run's name
+PATHS = ("dataset_name", "model_name_or_path", "output_dir")
 
 
 class ConfigError(InputError):
@@ -391,7 +392,9 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set takes key=value, got {shown(pair)}")
-        overrides[key.strip()] = _read_yaml(f"--set {key.strip()}", value)
+        is_path = key.strip() in PATHS and value and os.path.exists(os.path.expanduser(value))
+        # What is there is meant by its name, though YAML would read `my #1.jsonl` as `my`.
+        overrides[key.strip()] = value if is_path else _read_yaml(f"--set {key.strip()}", value)
     return overrides
 
 

@@ -85,8 +85,9 @@ def require_pairs(pairs: DatasetDict, report: Report) -> None:
         total = report.rows[split] or sum(report.rows.values())
         which = split if report.rows[split] else "the data"
         raise DataError(
-            f"none of the {total} rows of {which} is a usable pair{_worst(report, split)}; "
-            "python -m scripts.data check names each row and the way to fix it"
+            f"none of the {total} rows of {which} is a usable pair{_worst(report, split)}"
+            f"{_first(report, split)}; python -m scripts.data check names each row and the way to "
+            "fix it"
         )
 
 
@@ -95,6 +96,12 @@ def _worst(report: Report, split: str | None = None) -> str:
     bad = [f for f in report.bad() if split in (None, f.split)]
     counts = Counter(f.kind for f in bad).most_common(3)
     return "".join(f"; {count} × {KINDS[kind].what}" for kind, count in counts)
+
+
+def _first(report: Report, split: str) -> str:
+    """Where the first bad row of a split stands, and what is wrong with it."""
+    bad = [f for f in report.bad() if f.split == split]
+    return f"; first: {bad[0].where}, {bad[0].detail}" if bad else ""
 
 
 def _settle(cfg: Config, report: Report) -> None:

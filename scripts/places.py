@@ -166,7 +166,7 @@ def check_dataset(name: str) -> None:
     Raises:
         PlaceError: why not.
     """
-    if name.startswith(("http://", "https://")):  # fetched when it is read
+    if name.lower().startswith(("http://", "https://")):  # fetched when it is read
         return
     if "://" in name:
         raise PlaceError("dataset_name: only http(s) addresses, files, folders and the hub's names")

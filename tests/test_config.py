@@ -238,3 +238,11 @@ def test_a_value_changed_after_the_config_was_read_is_told():
         refuse_changed(cfg, DEFAULT, {"beta": 0.3, "max_length": "auto"}, None)
     with pytest.raises(ConfigError, match="`output_dir` is 'outputs/b' there"):
         refuse_changed(cfg, DEFAULT, {"beta": 0.2, "max_length": "auto"}, "outputs/b")
+
+
+def test_a_path_that_is_there_is_meant_by_its_name_whatever_yaml_makes_of_it(tmp_path):
+    for name in ("my #1 pairs.jsonl", "a: b.jsonl", "[draft].jsonl", "2024"):
+        (tmp_path / name).write_text("{}")
+        path = str(tmp_path / name)
+        assert parse_overrides([f"dataset_name={path}"]) == {"dataset_name": path}
+    assert parse_overrides(["dataset_name=null"]) == {"dataset_name": None}

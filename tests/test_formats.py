@@ -3,13 +3,16 @@
 import csv
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import BOT, EOT, write_jsonl
 
+from scripts.config import parse_overrides
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
-from scripts.pairs.formats import BadRow, to_pair
+from scripts.pairs.files import read_file
+from scripts.pairs.formats import BadRow, further_columns, to_pair
 from scripts.pairs.load import check_preferences
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
@@ -95,6 +98,29 @@ TWINS = {
             "rejected": NO,
         },
         TALK_WITH_SYSTEM,
+    ),
+    "alpaca, history of messages": (
+        {
+            "instruction": Q,
+            "history": turns("Hello.", "Hello! What is it?"),
+            "output": [YES, NO],
+        },
+        TALK,
+    ),
+    "orca, whole conversations": (
+        {"question": Q, "chosen": turns(Q, YES), "rejected": turns(Q, NO)},
+        PLAIN,
+    ),
+    "sharegpt, with the chosen answer at the end": (
+        {
+            "conversations": [
+                {"from": "human", "value": Q},
+                {"from": "gpt", "value": YES},
+            ],
+            "chosen": {"from": "gpt", "value": YES},
+            "rejected": {"from": "gpt", "value": NO},
+        },
+        PLAIN,
     ),
     "sharegpt": (
         {
@@ -329,6 +355,33 @@ def test_a_shared_beginning_is_split_between_sentences_or_at_least_words(prompt,
     assert pair["rejected"] == answer(rejected.strip())
 
 
+@pytest.mark.parametrize("printed", [str, lambda talk: str(np.array(talk, dtype=object))])
+def test_messages_that_pandas_printed_into_a_csv_are_messages(printed, tmp_path):
+    talk = turns(f'{Q}\n}}\n{{ It\'s "wet".', "So it is.")
+    pd.DataFrame([{"messages": talk, "n": 1}]).map(
+        lambda cell: printed(cell) if isinstance(cell, list) else cell
+    ).to_csv(tmp_path / "a.csv", index=False)
+    ((_, row, _),) = read_file(tmp_path / "a.csv")
+    assert row == {"messages": talk, "n": "1"}
+
+
+def test_a_system_prompt_is_the_system_message_by_either_name():
+    for name in ("system", "system_prompt"):
+        row = {"prompt": Q, "chosen": YES, "rejected": NO, name: "Be brief."}
+        assert further_columns(row, "explicit") | to_pair(row, "explicit") == WITH_SYSTEM
+
+
+def test_roles_are_read_in_any_case_and_a_single_function_call_is_a_tool_call():
+    row = {
+        "prompt": [{"role": "User", "content": Q}],
+        "chosen": [{"role": "AI", "content": None, "function_call": {"name": "add"}}],
+        "rejected": [{"role": "ASSISTANT", "content": NO}],
+    }
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    chosen = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert to_pair(row, "explicit") == PLAIN | {"chosen": chosen}
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), [("Surely not.", "Sure."), ("42", "43")])
 def test_texts_that_share_no_whole_word_are_no_pair(chosen, rejected):
     with pytest.raises(BadRow, match="no common prompt of whole words"):
@@ -418,6 +471,48 @@ def test_unpaired_data_without_partners_is_refused_and_says_what_to_do(tiny_cfg,
         check_preferences(tiny_cfg(dataset_name=str(path)))
 
 
+def test_labels_of_one_and_minus_one_are_read_and_others_named(tiny_cfg, tmp_path):
+    def rows(bad):
+        labels = ((YES, 1), (NO, bad))
+        return [kto(f"Q{i}?", text, label) for i in range(3) for text, label in labels]
+
+    path = write_jsonl(tmp_path / "a.jsonl", rows(-1))
+    pairs, report = check_preferences(tiny_cfg(dataset_name=str(path)))
+    assert [report.rows[split] for split in pairs] == [2 * len(some) for some in pairs.values()]
+    assert sum(report.rows.values()) == 6
+    path = write_jsonl(tmp_path / "a.jsonl", rows("meh"))
+    with pytest.raises(DataError, match=r"a.jsonl:2, which cannot be read: label is 'meh'"):
+        check_preferences(tiny_cfg(dataset_name=str(path)))
+
+
+def test_columns_that_nearly_fit_are_told_with_the_cure(tiny_cfg, tmp_path):
+    rows = [{" Prompt": f"Q{i}?", "CHOSEN": YES, "rejected": NO} for i in range(3)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="but for case and spaces; set dataset_columns") as told:
+        check_preferences(tiny_cfg(dataset_name=str(path)))
+    names = parse_overrides([f"dataset_columns={str(told.value).partition('columns: ')[2]}"])
+    assert len(check_preferences(tiny_cfg(dataset_name=str(path), **names))[0]["train"]) == 2
+    with pytest.raises(DataError, match="dataset_format orca needs columns question, chosen"):
+        check_preferences(tiny_cfg(dataset_name=str(path), dataset_format="orca"))
+
+
+def test_scores_that_no_row_has_in_full_are_told_as_that(tiny_cfg, tmp_path):
+    rows = [{"prompt": f"Q{i}?", "answers": [YES, NO], "scores": [1, None]} for i in range(3)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="would be scored, but no row can be read: scores is not a"):
+        check_preferences(tiny_cfg(dataset_name=str(path)))
+
+
+def test_a_prompt_in_a_column_of_no_known_name_is_asked_for_and_not_made_up(tiny_cfg, tmp_path):
+    answers = [("So it is.", "That may be."), ("So it is, yes.", "So it is not, no.")] * 5
+    rows = [{"input": f"Q{i}?", "chosen": a, "rejected": b} for i, (a, b) in enumerate(answers)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"columns chosen, input, rejected: .*{its_name: prompt}"):
+        check_preferences(tiny_cfg(dataset_name=str(path)))
+    cfg = tiny_cfg(dataset_name=str(path), dataset_columns={"input": "prompt"})
+    assert check_preferences(cfg)[1].bad() == []
+
+
 def test_labels_and_answers_beside_pairs_are_no_sign_of_another_format(tiny_cfg, tmp_path):
     rows = [
         {"instruction": f"{Q} {i}", "chosen": YES, "rejected": NO, "label": True, "answers": ["x"]}
@@ -470,6 +565,17 @@ def test_the_margin_of_scores_is_an_option(tiny_cfg, tmp_path):
             {"chosen_response": YES, "rejected_response": NO},
             "responses",
             "conversations is missing",
+        ),
+        (PLAIN | {"prompt": [*turns(Q), None]}, "explicit", "prompt has null among its messages"),
+        (
+            {"chosen": turns("A?", "Yes."), "rejected": turns("B?", "No.")},
+            "implicit",
+            "conversations that begin differently",
+        ),
+        (
+            {"instruction": Q, "history": "Hello.", "output": [YES, NO]},
+            "alpaca",
+            "history is not a list of pairs",
         ),
         ({"prompt": Q, "label": True}, "unpaired", "does not end with the assistant"),
     ],

@@ -173,6 +173,13 @@ def test_as_many_are_held_out_as_tell_a_share_and_a_fifth_at_most():
     assert held_out_count(0.1, 300) == 30
     assert "±0.10 (95%)" in held_out_text(97) and "would take" not in held_out_text(97)
     assert "±0.13 (95%); ±0.10 would take 97" in held_out_text(60)
+    assert "±0.50 (95%)" in held_out_text(1)  # a share has no more room
+
+
+def test_some_prompts_are_trained_on_however_large_the_share_held_out(tiny_cfg, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [explicit(f"Q{i}?", "Yes.", "No.") for i in range(4)])
+    pairs, _ = check_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.99))
+    assert [len(pairs[split]) for split in ("train", "test")] == [1, 3]
 
 
 def test_the_report_says_the_format_and_what_the_held_out_pairs_show(
@@ -200,7 +207,9 @@ def test_the_error_about_a_split_counts_that_split_alone(tiny_cfg, tmp_path):
     bad = [explicit(f"{i}?", "Same.", "Same.") for i in range(3)]
     write_jsonl(tmp_path / "p" / "train.jsonl", [*many(2), *bad])
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("A?", "", "No.")])
-    with pytest.raises(DataError, match=r"none of the 1 rows of test is a usable pair; 1 × an em"):
+    with pytest.raises(
+        DataError, match=r"of test is a usable pair; 1 × an em.*first: test.jsonl:1"
+    ):
         load_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")))
 
 

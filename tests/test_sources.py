@@ -7,9 +7,11 @@ import lzma
 import time
 
 import datasets
+import pyarrow as pa
 import pytest
 from conftest import write_jsonl
 from datasets import Dataset, DatasetDict
+from pyarrow import feather
 from trl import ScriptArguments
 
 from scripts.config import Config, RecipeArguments
@@ -57,12 +59,57 @@ def cache(tmp_path, monkeypatch):
         ("excel.csv", b"sep=;\r\nprompt;chosen;rejected\r\nWhy?;So.;No.\r\n"),
         ("tabs.csv", b"prompt\tchosen\trejected\nWhy?\tSo.\tNo.\n"),
         ("a.TSV.gz", gzip.compress(b"prompt\tchosen\trejected\nWhy?\tSo.\tNo.\n", mtime=0)),
+        ("classic Mac.csv", b"prompt,chosen,rejected\rWhy?,So.,No.\r"),
+        ("array.jsonl", json.dumps([ROW], indent=1).encode()),
+        ("array of a line.jsonl", json.dumps([ROW]).encode()),
+        ("pandas.json", json.dumps({k: {"0": v} for k, v in ROW.items()}).encode()),
+        ("columns.json", json.dumps({k: [v] for k, v in ROW.items()}).encode()),
         ("utf16.csv", "prompt,chosen,rejected\nWhy?,So.,No.\n".encode("utf-16")),
         ("utf16.jsonl", LINE.decode().encode("utf-16")),
     ],
 )
 def test_a_file_is_read_whatever_it_is_packed_or_written_in(name, content, tmp_path):
     assert read(put(tmp_path / name, content)) == {"train": [ROW]}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_objects_of_several_lines_one_after_another_are_rows(name, tmp_path):
+    rows = [ROW | {"n": n} for n in range(3)]
+    path = put(tmp_path / name, b"\n".join(json.dumps(row, indent=2).encode() for row in rows))
+    assert list(read_file(path)) == [(f"{name}:{n + 1}", row, "") for n, row in enumerate(rows)]
+
+
+def test_one_row_of_messages_in_json_is_one_row_and_not_columns(tmp_path):
+    row = {side: [{"role": "user", "content": "Why?"}] for side in ROW}
+    for name in ("a.json", "a.jsonl"):
+        assert read(put(tmp_path / name, json.dumps(row).encode())) == {"train": [row]}
+
+
+def test_an_empty_cell_that_python_wrote_as_nan_is_a_null(tmp_path):
+    row = ROW | {"system": float("nan")}
+    for name, content in (("a.jsonl", row), ("a.json", [row])):
+        path = put(tmp_path / name, json.dumps(content).encode())
+        assert read(path)["train"] == [ROW | {"system": None}]
+
+
+def test_the_file_format_of_arrow_is_read_as_its_stream_is(tmp_path):
+    feather.write_feather(pa.Table.from_pylist([ROW]), tmp_path / "a.arrow")
+    assert read(tmp_path / "a.arrow") == {"train": [ROW]}
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    for language in ("de", "en"):
+        put(tmp_path / language / "pairs.jsonl", LINE)
+    script = ScriptArguments(dataset_name=str(tmp_path))
+    source = read_source(Config(RecipeArguments(), script, model=None, dpo=None, given={}))
+    assert [where for where, *_ in source["train"]] == ["de/pairs.jsonl:1", "en/pairs.jsonl:1"]
+
+
+def test_a_split_that_is_not_used_is_told(tmp_path, capsys):
+    for name in ("train", "test", "validation"):
+        put(tmp_path / f"{name}.jsonl", LINE)
+    read(tmp_path)
+    assert "Splits that are not used: validation" in capsys.readouterr().out
 
 
 def test_windows_1252_is_read_and_said(tmp_path, capsys):
@@ -101,6 +148,8 @@ def test_what_is_neither_is_left_for_the_checks_to_find(raw, tmp_path):
         ),
         ("a.parquet", b"PAR1 not at all", "damaged, or no .parquet file"),
         ("a.json", b"{", "a.json is not valid JSON"),
+        ("a.csv", b"prompt,chosen,rejected,chosen\nWhy?,So.,No.,\n", "two columns 'chosen'"),
+        ("a.json", b'{"train": [{}], "test": [{}]}', r"several lists \(train, test\); write each"),
         ("a.json", b"3", "not a list of rows but int"),
     ],
 )
@@ -178,6 +227,15 @@ def test_a_folder_of_one_kind_of_file_says_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_name_that_tells_two_splits_is_refused_and_the_files_own_name_comes_first(tmp_path):
+    put(tmp_path / "test set" / "train.jsonl", LINE)
+    put(tmp_path / "test set" / "dev.jsonl", LINE * 2)
+    assert read(tmp_path) == {"train": [ROW], "test": [ROW] * 2}
+    put(tmp_path / "train_and_test.jsonl", LINE)
+    with pytest.raises(DataError, match=r"train_and_test.jsonl has test and train in its name"):
+        read(tmp_path)
+
+
 def test_a_folder_without_data_is_told(tmp_path):
     with pytest.raises(DataError, match=r"has nothing, and no file of .jsonl"):
         read(tmp_path)
@@ -225,8 +283,18 @@ def test_addresses_that_cannot_be_a_file_are_refused_before_they_are_asked():
         read("http://127.0.0.1:9/")
     with pytest.raises(DataError, match="dataset_name is not set"):
         read("")
-    with pytest.raises(DataError, match="cannot download"):
-        read("http://127.0.0.1:9/a.jsonl")
+    for name in ("http://127.0.0.1:9/a.jsonl", "http://127.0.0.1:9/" + 300 * "a" + ".jsonl"):
+        with pytest.raises(DataError, match="cannot download"):
+            read(name)
+    with pytest.raises(DataError, match="is no address"):
+        read("http://[::1/a.jsonl")
+
+
+def test_a_download_that_finds_no_room_in_the_cache_is_told(loopback, tmp_path, monkeypatch):
+    url = loopback(lambda path, body: (200, {}, LINE))
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(put(tmp_path / "file", b"")))
+    with pytest.raises(DataError, match=r"cannot download.*Not a directory"):
+        read(f"{url}/a.jsonl")
 
 
 def test_rows_of_a_table_have_their_file_and_number(tmp_path):
@@ -235,6 +303,18 @@ def test_rows_of_a_table_have_their_file_and_number(tmp_path):
         "a.parquet:1",
         "a.parquet:2",
     ]
+
+
+def test_the_configs_of_a_data_card_are_named_where_one_must_be_chosen(tmp_path):
+    card = "---\nconfigs:\n" + "".join(
+        f"- {{config_name: {name}, data_files: {name}.jsonl}}\n" for name in ("one", "two")
+    )
+    put(tmp_path / "README.md", f"{card}---\n".encode())
+    for name in ("one", "two"):
+        put(tmp_path / f"{name}.jsonl", LINE)
+    with pytest.raises(DataError, match=r"set dataset_config to one of \['one', 'two'\]"):
+        read(tmp_path)
+    assert read(tmp_path, dataset_config="two") == {"train": [ROW]}
 
 
 def test_a_data_card_decides_which_files_are_read(tmp_path, capsys):

@@ -154,7 +154,7 @@ def test_a_rows_tools_and_template_options_reach_check_and_trainer_alike(tiny_cf
         {"tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}},
         {"tools": json.dumps(TOOLS), "chat_template_kwargs": None},
         {"tools": "", "chat_template_kwargs": {"enable_thinking": True}},
-        {"tools": [], "images": []},
+        {"tools": [], "images": [], "ref_chosen_logps": -1.5, "ref_rejected_logps": "-2"},
         {"tools": None, "images": None},
         {},
     ]
@@ -165,6 +165,7 @@ def test_a_rows_tools_and_template_options_reach_check_and_trainer_alike(tiny_cf
     pairs, report = check_preferences(cfg, tokenizer)
     assert {f.kind for f in report.findings} <= {"outer_space"}  # one answer of these ends so
     for split, data in pairs.items():
+        assert "ref_chosen_logps" not in data.column_names  # another reference's
         trained_on = trl_rows(data, tokenizer, tmp_path)
         assert trained_on == tokenize_pairs(data.to_list(), tokenizer)
         lengths = [[len(ids) for ids in row.values()] for row in trained_on]
@@ -179,6 +180,8 @@ def test_tools_and_images_that_the_trainer_would_stumble_over_are_bad_rows(tiny_
         {"tools": "add(a, b)"},
         {"tools": ["add"]},
         {"tools": {"name": "add"}},
+        {"tools": [{"type": "function", "function": "add"}]},
+        {"tools": [{"type": "function", "function": {"name": 5}}]},
         {"chat_template_kwargs": "enable_thinking"},
         {"images": ["cat.png"]},
         {"image": {"path": "cat.png"}},
@@ -190,7 +193,7 @@ def test_tools_and_images_that_the_trainer_would_stumble_over_are_bad_rows(tiny_
     cfg = tiny_cfg(dataset_name=str(tmp_path / "p"))
     tokenizer = tokenizer_of("chatml")
     pairs, report = check_preferences(cfg, tokenizer)
-    assert [f.kind for f in report.bad()] == ["type"] * 6
+    assert [f.kind for f in report.bad()] == ["type"] * 8
     for finding, row in zip(report.bad(), rows, strict=False):
         assert finding.detail.startswith(list(row)[-1])  # names the column
     assert len(trl_rows(pairs["train"], tokenizer, tmp_path)) == 1

@@ -317,7 +317,7 @@ def tool_problems(
     for side, names in calls.items():
         if unseen := [name for name in names if name not in texts[side]]:
             yield "template", f"the chat template leaves out {side}'s tool call {unseen[0]!r}"
-    names = [tool.get("function", tool).get("name") for tool in tools]
+    names = [(tool.get("function") or tool).get("name") for tool in tools]
     if unseen := [name for name in names if name and name not in texts["prompt"]]:
         yield "tools_unseen", f"the chat template leaves out the tool {unseen[0]!r}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -28,7 +29,10 @@ def download(url: str) -> Path:
         DataError: the address names no file of a format that is read, does not answer, refuses, or
             sends a web page or less than it announced.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise DataError(f"{url} is no address: {error}") from None
     name = Path(unquote(parts.path)).name
     if parts.hostname == "huggingface.co" and parts.path.startswith("/datasets/"):
         owner_and_name = "/".join(parts.path.split("/")[2:4])
@@ -39,9 +43,9 @@ def download(url: str) -> Path:
     refuse(Path(name))
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = Path(datasets.config.HF_CACHE_HOME) / "dpo_downloads" / folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{name}.{os.getpid()}.part")
+    partial = path.with_name(f"{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with requests.get(url, stream=True, timeout=PATIENCE) as response:
             if response.status_code != 200:
                 said = f"{response.status_code} {response.reason}".strip()
@@ -55,8 +59,9 @@ def download(url: str) -> Path:
                     f"{url} is a web page, not a data file; name the raw file's address"
                 )
         partial.replace(path)
-    except requests.RequestException as error:  # one that is cut off, too
+    except OSError as error:  # what requests raises, too, as for an answer that is cut off
         raise DataError(f"cannot download {url}: {error}; try again, or copy it here") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     return path

@@ -1,7 +1,8 @@
 """The rows of one file, and where each stands in it.
 
 JSON and CSV are read line by line, so that one bad line is reported with its number instead of
-failing the whole file. Packed files (`.gz`, `.bz2`, `.xz`) are unpacked on the way.
+failing the whole file. An array, or objects that take several lines each, are read whole, in a
+`.jsonl` too. Packed files (`.gz`, `.bz2`, `.xz`) are unpacked on the way.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import lzma
 import re
 import zlib
+from ast import literal_eval
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -38,6 +40,9 @@ BOMS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", 
 WESTERN = set(
     "äöüßéèêëàâáãåçíìîïóòôõøñúùûæœÿýÄÖÜÉÈÊËÀÂÁÃÅÇÍÌÎÏÓÒÔÕØÑÚÙÛÆŒ€‘’“”„‚«»‹›–—…•¿¡§°©®™·\xa0"
 )
+PRINTED = re.compile(r"\s*\[\s*\{\s*[\"']")  # a list of objects
+BETWEEN = re.compile(r"\}\s*\n\s*\{")  # two of them in numpy's arrays, which have no commas
+SPACE = re.compile(r"\s*")
 OF_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 
 
@@ -81,7 +86,11 @@ def read_file(path: Path) -> Iterator[Row]:
         yield from _table_rows(path, raw)
     elif kind in (".csv", ".tsv"):
         yield from _csv_rows(path, raw)
-    elif kind == ".json" and not _object_a_line(raw):
+    elif _object_a_line(raw):
+        yield from _json_lines(path, raw)
+    elif (rows := _spread(raw)) is not None:
+        yield from _numbered(path, rows)
+    elif kind == ".json":
         yield from _json_rows(path, raw)
     else:
         yield from _json_lines(path, raw)
@@ -114,7 +123,7 @@ def _table_rows(path: Path, raw: bytes) -> Iterator[Row]:
         if kind_of(path) == ".parquet":
             rows = pq.read_table(pa.BufferReader(raw)).to_pylist()
         else:
-            rows = list(Dataset.from_buffer(pa.py_buffer(raw)))
+            rows = _arrow_rows(raw)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path.name} is damaged, or no {kind_of(path)} file: {reason}") from None
@@ -122,13 +131,48 @@ def _table_rows(path: Path, raw: bytes) -> Iterator[Row]:
         yield f"{path.name}:{number}", row, ""
 
 
+def _arrow_rows(raw: bytes) -> list[dict[str, Any]]:
+    """The rows of a stream, as `datasets` writes it, or of Arrow's file format, Feather's too."""
+    if raw.startswith(b"ARROW1"):
+        return pa.ipc.open_file(pa.BufferReader(raw)).read_all().to_pylist()
+    return list(Dataset.from_buffer(pa.py_buffer(raw)))
+
+
+def _loaded(text: str | bytes) -> Any:
+    """`text` as JSON, in which the NaN of a table's empty cell, as Python writes it, is a null."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
 def _object_a_line(raw: bytes) -> bool:
-    """Whether a `.json` file holds JSON lines, as many do, and not one array or object."""
+    """Whether a file holds JSON lines, several objects, and not one array or object."""
     first, _, rest = raw.strip().partition(b"\n")
     try:
         return bool(rest.strip()) and isinstance(json.loads(first), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
+
+
+def _spread(raw: bytes) -> list | None:
+    """The rows of a file that holds one array, or several objects one after another, over any
+    number of lines; None if it holds anything else."""
+    decoder = json.JSONDecoder(parse_constant=lambda _: None)
+    values, at = [], 0
+    try:
+        text = raw.decode("utf-8-sig").strip()
+        while at < len(text):
+            value, end = decoder.raw_decode(text, at)
+            values.append(value)
+            at = SPACE.match(text, end).end()
+    except (ValueError, RecursionError):
+        return None
+    if len(values) == 1:
+        return values[0] if isinstance(values[0], list) else None
+    return values if all(isinstance(value, dict) for value in values) else None
+
+
+def _numbered(path: Path, rows: list) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=1):
+        yield _object(f"{path.name}:{number}", row)
 
 
 def _json_lines(path: Path, raw: bytes) -> Iterator[Row]:
@@ -137,7 +181,7 @@ def _json_lines(path: Path, raw: bytes) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = _loaded(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             yield where, None, f"not UTF-8: byte {line[error.start]:#04x} at {error.start}"
         except (ValueError, RecursionError) as error:
@@ -154,16 +198,35 @@ def _object(where: str, row: Any) -> Row:
 
 def _json_rows(path: Path, raw: bytes) -> Iterator[Row]:
     try:
-        rows = json.loads(raw.decode("utf-8-sig"))
+        rows = _loaded(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path.name} is not valid JSON: {error}") from None
-    if isinstance(rows, dict):  # {"data": [...]}
-        lists = [value for value in rows.values() if isinstance(value, list)]
-        rows = lists[0] if len(lists) == 1 else [rows]
-    if not isinstance(rows, list):
+    if not isinstance(rows, dict):
         raise DataError(f"{path.name} is not a list of rows but {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        yield _object(f"{path.name}:{number}", row)
+    yield from _numbered(path, _rows_of(path, rows))
+
+
+def _rows_of(path: Path, whole: dict) -> list:
+    """The rows in one JSON object: columns, as `Dataset.to_dict` and pandas' `to_json` have them,
+    `{"data": [...]}`, or the object itself."""
+    columns = list(whole.values())
+    if len(columns) > 1 and all(isinstance(column, dict) for column in columns):
+        numbers = columns[0].keys()
+        if all(n.isdigit() for n in numbers) and all(c.keys() == numbers for c in columns):
+            columns = [list(column.values()) for column in columns]
+    if len(columns) > 1 and all(isinstance(column, list) for column in columns):
+        cells = [cell for column in columns for cell in column]
+        if len({len(column) for column in columns}) == 1 and not any(
+            isinstance(cell, dict) for cell in cells
+        ):
+            return [dict(zip(whole, row, strict=True)) for row in zip(*columns, strict=True)]
+    lists = {name: v for name, v in whole.items() if v and isinstance(v, list)}
+    if len(lists) > 1 and "train" in lists:
+        raise DataError(
+            f"{path.name} holds several lists ({', '.join(lists)}); write each to a file of its "
+            "own, in one folder: train.jsonl, test.jsonl"
+        )
+    return next(iter(lists.values())) if len(lists) == 1 else [whole]
 
 
 def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
@@ -187,6 +250,8 @@ def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
             continue  # an empty line, or Excel's note of the separator
         if not columns:
             columns = cells
+            if twice := next((c for c in columns if c and columns.count(c) > 1), None):
+                raise DataError(f"{path.name} has two columns {twice!r}; rename or remove one")
         elif len(cells) > len(columns):
             yield where, None, f"{len(cells) - len(columns)} cells more than there are columns"
         else:
@@ -215,7 +280,7 @@ def _csv_text(path: Path, raw: bytes) -> str:
 def _delimiter(path: Path, text: str) -> str:
     """What parts the columns: comma (in `.tsv`, tab), or else what parts the header in several."""
     usual = "\t" if kind_of(path) == ".tsv" else ","
-    header = next((line for line in text.split("\n") if line.strip()), "")
+    header = next((line for line in re.split("[\r\n]", text) if line.strip()), "")
 
     def columns(delimiter: str) -> int:
         return len(next(csv.reader([header], delimiter=delimiter)))
@@ -226,12 +291,17 @@ def _delimiter(path: Path, text: str) -> str:
 
 
 def _cell(value: str | None) -> Any:
-    """A CSV cell; one that holds messages as JSON is read as such."""
-    if value and value.lstrip().startswith('[{"'):
+    """A CSV cell; one that holds messages, as JSON or as Python and numpy print them (which is what
+    pandas writes), is read as such."""
+    if not value or not PRINTED.match(value):
+        return value
+    readers = (json.loads, literal_eval, lambda text: literal_eval(BETWEEN.sub("}, {", text)))
+    for read in readers:
         try:
-            parsed = json.loads(value)
-        except ValueError:
-            return value
+            parsed = read(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
         if all(isinstance(m, dict) and {"role", "from"} & set(m) for m in parsed):
             return parsed
+        break
     return value

@@ -17,7 +17,7 @@
 | `scored` | a prompt, `completions` (or `answers`, `responses`) with a score each | the best against the worst, if further apart than `score_margin` |
 | `unpaired` | a prompt, an answer, `label` or `kto_tag` | KTO's: one answer a row, paired by `pairs.unpaired` |
 
-A `system` column becomes the system message in every format. Columns that the format does not read
+A `system` (or `system_prompt`) column becomes the system message in every format. Columns that the format does not read
 outlive it. See https://huggingface.co/docs/trl/dataset_formats.
 """  # noqa: E501
 
@@ -35,6 +35,7 @@ Messages = list[dict[str, str]]
 
 ROLES = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "ai": "assistant", "prompter": "user",
     "function_call": "assistant", "observation": "tool", "function": "tool",
 }  # fmt: skip
 WIDE_END = re.compile("[。？！：]")  # ends a sentence without a space after it
@@ -63,25 +64,38 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
+def _name(value: Any) -> str:
+    """What a value is called in a finding."""
+    return "null" if value is None else type(value).__name__
+
+
 def as_messages(value: Any, role: str, what: str) -> Messages:
     """`value` as messages: text becomes one message of `role`, one message a list of it."""
     if isinstance(value, dict):
         value = [value]
-    if not isinstance(value, list) or (value and not all(isinstance(m, dict) for m in value)):
+    if not isinstance(value, list) or (value and not any(isinstance(m, dict) for m in value)):
         return [{"role": role, "content": text_of(value, what)}]
     messages = []
     for message in value:
+        if not isinstance(message, dict):
+            raise BadRow("type", f"{what} has {_name(message)} among its messages")
         speaker = message.get("role", message.get("from"))
         if not isinstance(speaker, str):
             raise BadRow("roles", f"{what} has a message without a role")
+        speaker = speaker.strip().lower()
         content = message.get("content", message.get("value"))
         kept = {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
-        if calls := content if speaker == "function_call" else message.get("tool_calls"):
+        if calls := content if speaker == "function_call" else _calls_of(message):
             kept["tool_calls"] = _tool_calls(calls, what)
             content = "" if speaker == "function_call" else content or ""
         content = text_of(content, f"{what}'s content")
         messages.append({"role": ROLES.get(speaker, speaker), "content": content} | kept)
     return messages
+
+
+def _calls_of(message: dict) -> Any:
+    """The tool calls of a message, also the single one that OpenAI's older files have."""
+    return message.get("tool_calls") or message.get("function_call")
 
 
 def _tool_calls(calls: Any, what: str) -> list[dict]:
@@ -121,6 +135,8 @@ def _split(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
     if min(len(chosen), len(rejected)) < 2:
         raise BadRow("roles", "the answers hold no prompt, and there is no prompt column")
     pair = extract_prompt({"chosen": chosen, "rejected": rejected})
+    if not pair["prompt"]:
+        raise BadRow("roles", "chosen and rejected are conversations that begin differently")
     return _pair(pair["prompt"], pair["chosen"], pair["rejected"])
 
 
@@ -185,12 +201,27 @@ def from_hh(row: dict) -> dict[str, Messages]:
 
 def from_orca(row: dict) -> dict[str, Messages]:
     """Intel/orca_dpo_pairs: `system` (often empty), `question`, `chosen`, `rejected`."""
-    return _pair(as_messages(row.get("question"), "user", "question"), *_answers(row))
+    return from_explicit(row, "question")
 
 
 def from_sharegpt(row: dict) -> dict[str, Messages]:
     """`conversations` as `{"from", "value"}`, and an answer of that shape in either column."""
-    return _pair(as_messages(row.get("conversations"), "user", "conversations"), *_answers(row))
+    return from_messages(row, "conversations")
+
+
+def _history(earlier: Any) -> Messages:
+    """Earlier turns: pairs of question and answer, or messages."""
+    if isinstance(earlier, list) and all(isinstance(turn, dict) for turn in earlier):
+        return as_messages(earlier, "user", "history") if earlier else []
+    if not isinstance(earlier, list) or not all(
+        isinstance(turn, list | tuple) and len(turn) == 2 for turn in earlier
+    ):
+        raise BadRow("type", "history is not a list of pairs, question and answer, or of messages")
+    return [
+        {"role": role, "content": text_of(text, "history")}
+        for turn in earlier
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def from_alpaca(row: dict) -> dict[str, Messages]:
@@ -201,20 +232,16 @@ def from_alpaca(row: dict) -> dict[str, Messages]:
         row = row | {"chosen": output[0], "rejected": output[1]}
     elif row.get("chosen") is None:
         row = row | {"chosen": output}
-    earlier = [
-        {"role": role, "content": text_of(text, "history")}
-        for exchange in row.get("history") or []
-        for role, text in zip(("user", "assistant"), exchange, strict=False)
-    ]
+    earlier = _history(row.get("history") or [])
     question = text_of(row.get("instruction"), "instruction")
     if row.get("input"):
         question = f"{question}\n\n{text_of(row['input'], 'input')}"
     return _pair([*earlier, {"role": "user", "content": question}], *_answers(row))
 
 
-def from_messages(row: dict) -> dict[str, Messages]:
+def from_messages(row: dict, column: str = "messages") -> dict[str, Messages]:
     """axolotl's `chat_template`: `messages` up to the answer, or with the chosen one at its end."""
-    pair = from_explicit(row, "messages")
+    pair = from_explicit(row, column)
     if pair["prompt"][-1:] == pair["chosen"][-1:]:
         pair["prompt"] = pair["prompt"][:-1]
     return pair
@@ -356,6 +383,7 @@ def judged(row: dict) -> tuple[Messages, Messages, bool]:
 
 
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+LABELS |= {"-1": False, "-1.0": False}
 
 
 def from_unpaired(row: dict) -> dict[str, Messages]:
@@ -377,7 +405,7 @@ class Format(NamedTuple):
 
     def reads(self) -> set[str]:
         """All columns that this format reads; `system` is read in every one."""
-        return {"system", *self.optional, *"|".join(self.needed).split("|")}
+        return {"system", "system_prompt", *self.optional, *"|".join(self.needed).split("|")}
 
 
 TALK = ("input", "history")  # what `_asked` reads besides the prompt
@@ -426,8 +454,21 @@ def detect(columns: set[str], sample: list[dict]) -> str | None:
     if names and names[0] == "hh":
         texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
         spoken = [isinstance(t, str) and bool(TURN.match(t)) for t in texts]
-        return "hh" if 2 * sum(spoken) > len(spoken) else "implicit"
+        if 2 * sum(spoken) > len(spoken):
+            return "hh"
+        return "implicit" if _begin_alike(columns, sample) else None
     return names[0] if names else None
+
+
+def _begin_alike(columns: set[str], sample: list[dict]) -> bool:
+    """Whether nearly all answers begin with a prompt, where another column may hold it: one of a
+    name that no format has would be left out, and the words that two answers begin with alike
+    taken for it."""
+    others = columns - {"chosen", "rejected", "system", "system_prompt"}
+    if not any(isinstance(row.get(name), str) for row in sample for name in others):
+        return True
+    texts = [r for r in sample if r.get("chosen") and r.get("rejected")]
+    return sum(map(_readable(from_implicit), texts)) >= 0.9 * len(texts)
 
 
 def _holds_scores(columns: set[str], sample: list[dict]) -> bool:
@@ -465,7 +506,7 @@ def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:
     first = pair["prompt"][0] if pair["prompt"] else {}
     if first.get("role") == "system" and not first["content"].strip():
         pair["prompt"] = pair["prompt"][1:]  # the template would spend tokens on saying nothing
-    system = text_of(row.get("system") or "", "system")
+    system = text_of(row.get("system") or row.get("system_prompt") or "", "system")
     if system.strip() and not any(message["role"] == "system" for message in pair["prompt"]):
         pair["prompt"] = [{"role": "system", "content": system}, *pair["prompt"]]
     return pair
@@ -473,13 +514,15 @@ def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:
 
 def further_columns(row: dict, name: str) -> dict[str, Any]:
     """The columns of `row` that the format `name` does not read, such that TRL's trainer takes
-    them: it reads `tools` and `chat_template_kwargs`, and takes `image` or `images`, even empty
-    ones, for the sign of a vision dataset.
+    them: it reads `tools` and `chat_template_kwargs`, takes `image` or `images`, even empty ones,
+    for the sign of a vision dataset, and `ref_chosen_logps` and `ref_rejected_logps` for what its
+    own reference gave, which numbers in a file are not.
 
     Raises:
         BadRow: the row has images, or its `tools` or `chat_template_kwargs` cannot be used.
     """
-    kept = {k: v for k, v in row.items() if k not in FORMATS[name].reads()}
+    left_out = FORMATS[name].reads() | {"ref_chosen_logps", "ref_rejected_logps"}
+    kept = {k: v for k, v in row.items() if k not in left_out}
     for column in ("image", "images"):
         if kept.pop(column, None):
             raise BadRow("type", f"{column} holds an image; the recipe trains on text alone")
@@ -502,6 +545,12 @@ def _tools(tools: Any) -> str | None:
             raise BadRow("type", f"tools is text that is not JSON: {error}") from None
     if not tools or (isinstance(tools, str) and not tools.strip()):
         return None
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if not (isinstance(tools, list) and all(map(_is_tool, tools))):
         raise BadRow("type", "tools is not a list of JSON schemas")
     return json.dumps(tools, ensure_ascii=False)
+
+
+def _is_tool(tool: Any) -> bool:
+    """Whether `tool` is a JSON schema, alone or as `{"type": "function", "function": ...}`."""
+    function = isinstance(tool, dict) and (tool.get("function") or tool)
+    return isinstance(function, dict) and isinstance(function.get("name") or "", str)

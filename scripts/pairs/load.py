@@ -28,7 +28,7 @@ from scripts.pairs.checks import (
     token_problems,
     tool_problems,
 )
-from scripts.pairs.formats import FORMATS, BadRow, detect, fits, further_columns, to_pair
+from scripts.pairs.formats import FORMATS, HOLDS, BadRow, detect, fits, further_columns, to_pair
 from scripts.pairs.report import WIDTH, Z, covering_length
 from scripts.pairs.sources import DataError, Row, named_splits, read_source
 from scripts.pairs.tokens import end_tokens, tokenize_pairs
@@ -206,13 +206,46 @@ def _format_of(rows: list[Row], cfg: Config) -> str:
         name = detect(columns, sample[:100])
     elif name not in FORMATS:
         raise ConfigError(f"dataset_format {name!r} is none of auto, {', '.join(FORMATS)}")
-    if name is None or not fits(name, columns):
-        wanted = "; ".join(f"{n}: {', '.join(needed)}" for n, (needed, *_) in FORMATS.items())
+    if name is None:
+        raise DataError(_no_format(columns, sample))
+    if not fits(name, columns):
         raise DataError(
-            f"columns {', '.join(sorted(columns))} fit no known format ({wanted}); name yours in "
-            "dataset_columns ({their_name: our_name}), or set dataset_format"
+            f"dataset_format {name} needs columns {', '.join(FORMATS[name].needed)}, and there are "
+            f"{_listed(columns)}; set dataset_format: auto, or name yours in dataset_columns"
         )
     return name
+
+
+def _listed(columns: set[str]) -> str:
+    """The names of `columns`; the first row of a table without a header has long ones."""
+    return ", ".join(f"{name[:40]}..." if len(name) > 40 else name for name in sorted(columns))
+
+
+def _no_format(columns: set[str], sample: list[dict]) -> str:
+    """What to say of `columns` that fit no format, and the cure where only their case differs."""
+    plain = {name: name.strip().lower() for name in columns}
+    tidy = [{plain[key]: value for key, value in row.items()} for row in sample[:100]]
+    if len(set(plain.values())) == len(columns) and detect(set(plain.values()), tidy):
+        names = ", ".join(f'"{old}": {new}' for old, new in sorted(plain.items()) if old != new)
+        return f"the columns fit but for case and spaces; set dataset_columns: {{{names}}}"
+    for name in HOLDS:
+        if fits(name, columns) and sample and not {"chosen", "rejected"} & columns:
+            try:
+                FORMATS[name].convert(sample[0])
+            except BadRow as error:
+                return (
+                    f"columns {_listed(columns)} would be {name}, but no row can be read: {error}"
+                )
+    if {"chosen", "rejected"} <= columns:
+        return (
+            f"columns {_listed(columns)}: none is known to hold the prompt; name the one that does "
+            "in dataset_columns, as {its_name: prompt}"
+        )
+    wanted = "; ".join(f"{n}: {', '.join(needed)}" for n, (needed, *_) in FORMATS.items())
+    return (
+        f"columns {_listed(columns) or '(none)'} fit no known format ({wanted}); name yours in "
+        "dataset_columns ({their_name: our_name}), or set dataset_format"
+    )
 
 
 def held_out_count(size: float | str, prompts: int) -> int:
@@ -228,7 +261,8 @@ def _hold_out(pairs: DatasetDict, good: dict[str, list], report: Report, cfg: Co
     go to the same side, and what was found of them along with them."""
     keys = [prompt_key(pair) for _, pair in good["train"]]
     names = sorted(set(keys))
-    count = min(held_out_count(cfg.recipe.test_split_size, len(names)), len(names))
+    most = max(len(names) - 1, 1)  # one prompt at least is trained on, where there are two
+    count = min(held_out_count(cfg.recipe.test_split_size, len(names)), most, len(names))
     held = set(Random(cfg.dpo.seed).sample(names, count))
     sides = {
         "train": [i for i, key in enumerate(keys) if key not in held],
@@ -243,7 +277,8 @@ def _hold_out(pairs: DatasetDict, good: dict[str, list], report: Report, cfg: Co
     report.findings = [
         f._replace(split="test") if f.where in places else f for f in report.findings
     ]
-    report.rows = {"train": report.rows["train"] - len(sides["test"]), "test": len(sides["test"])}
+    moved = len(sides["test"]) * (2 if report.formats["train"] == "unpaired" else 1)
+    report.rows = {"train": report.rows["train"] - moved, "test": moved}
     report.formats["test"] = report.formats["train"]
     report.held_out = True
 

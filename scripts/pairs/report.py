@@ -28,7 +28,7 @@ def covering_length(lengths: np.ndarray) -> int:
 def held_out_text(prompts: int) -> str:
     """What so many held-out prompts can show: the 95% interval of a share near one half, each
     prompt counted once however many pairs it has."""
-    width = Z / 2 / math.sqrt(prompts)
+    width = min(Z / 2 / math.sqrt(prompts), 0.5)
     text = f"{prompts:,} held-out prompts tell an accuracy near one half within ±{width:.2f} (95%)"
     if width > WIDTH + 0.005:
         text += (

@@ -48,6 +48,11 @@ def read_source(cfg: Config) -> dict[str, list[Row]]:
     except RecipeError:
         raise
     except Exception as error:  # each of the many loaders raises errors of its own
+        if "available configs: " in str(error):
+            there = str(error).partition("available configs: ")[2].splitlines()[0]
+            raise DataError(
+                f"{name} has several configs; set dataset_config to one of {there}"
+            ) from None
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot load dataset {name!r}: {reason}") from error
     return _with_held_out(splits, args)
@@ -93,7 +98,15 @@ def _read_local(path: Path, args: ScriptArguments) -> dict[str, list[Row]]:
     if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
         return _by_split(load_from_disk(str(path)), args.dataset_train_split)  # `save_to_disk`
     files = {args.dataset_train_split: [path]} if path.is_file() else _files(path, args)
-    return {split: [row for f in some for row in read_file(f)] for split, some in files.items()}
+    return {split: list(_rows_of(some, path)) for split, some in files.items()}
+
+
+def _rows_of(files: list[Path], folder: Path) -> Iterator[Row]:
+    """The rows of `files`; two of one name in different folders are told apart by their places."""
+    for file in files:
+        above = file.relative_to(folder).parent if file.is_relative_to(folder) else Path()
+        for where, row, problem in read_file(file):
+            yield str(above / where), row, problem
 
 
 def _read_hub(name: str, cfg: Config) -> dict[str, list[Row]]:
@@ -127,7 +140,7 @@ def _files(folder: Path, args: ScriptArguments) -> dict[str, list[Path]]:
         names = ", ".join(f.name for f in there[:5]) or "nothing"
         raise DataError(f"{folder} has {names}, and no file of {', '.join(READ)}")
     splits = {
-        split: [f for f in usable if words & _words(f.relative_to(folder))]
+        split: [f for f in usable if words & _split_words(f.relative_to(folder))]
         for split, words in SPLIT_WORDS.items()
     }
     splits = {split: files for split, files in splits.items() if files}
@@ -142,6 +155,20 @@ def _files(folder: Path, args: ScriptArguments) -> dict[str, list[Path]]:
     return splits
 
 
+def _split_words(path: Path) -> set[str]:
+    """The words of a file's name that name a split, else those of its folders.
+
+    Raises:
+        DataError: they name several splits.
+    """
+    known = set().union(*SPLIT_WORDS.values())
+    words = known & _words(Path(path.name)) or known & _words(path.parent)
+    if sum(bool(words & some) for some in SPLIT_WORDS.values()) > 1:
+        names = " and ".join(sorted(words))
+        raise DataError(f"{path} has {names} in its name; rename it after one split, or neither")
+    return words
+
+
 def _words(path: Path) -> set[str]:
     return set(re.split(r"[^a-z]+", str(path).lower()))
 
@@ -150,6 +177,9 @@ def _with_held_out(splits: dict[str, list[Row]], args: ScriptArguments) -> dict[
     """`splits`, in which a `validation` split stands in for a missing `test`."""
     test = args.dataset_test_split
     if test in splits:
+        unused = [split for split in splits if split not in (args.dataset_train_split, test)]
+        if unused and args.dataset_train_split in splits:
+            print(f"Splits that are not used: {', '.join(unused)} (dataset_train_split names one).")
         return splits
     if test != "test":  # it was asked for, and is refused by its name
         return splits

@@ -26,12 +26,14 @@ def pair_up(rows: list[Row]) -> list[Row]:
     """
     waiting: dict[tuple[str, bool], list[int]] = defaultdict(list)
     paired: dict[int, Row] = {}
+    unread = []
     for index, (where, row, problem) in enumerate(rows):
         bare = row and {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
         paired[index] = (where, bare, problem)
         try:
             prompt, answer, good = judged(bare or {})
-        except BadRow:  # reported when the row is read
+        except BadRow as error:  # reported when the row is read
+            unread.append(f"; {where}, which cannot be read: {error}")
             continue
         texts = [(m["role"], m["content"].strip()) for m in prompt]
         key = json.dumps([str(bare.get("system") or "").strip(), texts])
@@ -52,5 +54,6 @@ def pair_up(rows: list[Row]) -> list[Row]:
             f"the data is unpaired (KTO): one answer a row, and none of the {len(rows)} rows has a "
             "partner, a row with the same prompt and the other label. DPO needs both; sample "
             "further answers with `python -m scripts.data build`, or train with TRL's KTOTrainer"
+            + "".join(unread[:1])
         )
     return list(paired.values())
