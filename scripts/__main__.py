@@ -1,7 +1,12 @@
 """`python -m scripts` lists the commands."""
 
-from scripts.cli import COMMANDS
+from scripts.cli import COMMANDS, command
 
-if __name__ == "__main__":
+
+def main() -> None:
     for name, purpose in COMMANDS.items():
         print(f"python -m scripts.{name:<12} {purpose}")
+
+
+if __name__ == "__main__":
+    command(main)

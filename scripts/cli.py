@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +46,7 @@ COMMANDS = {
 
 STOPPED = 75  # exit code: stopped from outside, the same command goes on (EX_TEMPFAIL, sysexits.h)
 CTRL_C = 130  # 128 + SIGINT, as shells have it
+UNREAD = 141  # 128 + SIGPIPE
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The same from torch's and safetensors' own writers, which give no errno.
@@ -88,12 +91,32 @@ def terminated(signum, frame) -> None:
     sys.exit(STOPPED)
 
 
+def _unread(error: BrokenPipeError) -> None:
+    """End a command whose output nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        raise error  # another pipe broke
+    kept = " ".join(getattr(error, "__notes__", []))  # of a training that it broke off
+    line = f"error: what reads this command's output has gone (broken pipe). {kept}"
+    with suppress(OSError):
+        print(line.strip(), file=sys.stderr, flush=True)
+    for stream in (1, 2):  # what is buffered must not fail again at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    sys.exit(UNREAD)
+
+
 def command(main: Callable[..., None], *arguments) -> None:
-    """Run `main` as a program. A `RecipeError`, Ctrl-C, SIGTERM and a full disk end it with one
-    line and an exit code."""
+    """Run `main` as a program. A `RecipeError`, Ctrl-C, SIGTERM, a full disk and a closed pipe end
+    it with one line and an exit code."""
     signal.signal(signal.SIGTERM, terminated)
     try:
         main(*arguments)
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        _unread(error)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -183,6 +206,7 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """
     if arguments is None:
         sys.excepthook = _stopped
+        signal.signal(signal.SIGTERM, terminated)  # while the libraries load, too
     words = sys.argv[1:] if arguments is None else list(arguments)
     default, actions = ACTIONS.get(name, ("", ()))
     action = default

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -36,6 +37,10 @@ ALL_RIGHT = 0.99  # an accuracy of 1, give or take a pair in a hundred
 NO_MARGIN = 0.02  # nats of reward: nothing was learned
 LENGTH_RULE, LENGTH_FOLLOWS = 0.9, 0.7  # accuracy of length alone; correlation of margins with it
 OVERFITTED = 0.2  # accuracy on training pairs above that on held-out ones
+
+COLUMNS = (  # of a training step's log
+    "step", "loss", "learning_rate", "rewards/margins", "rewards/chosen", "rewards/accuracies",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,23 +93,31 @@ def read_run(folder: Path) -> RunFolder:
     """Read a run's folder.
 
     Raises:
-        RecipeError: there is no such folder, no log in it, or a file in it is cut off.
+        RecipeError: there is no such folder, no log in it, or a file in it is cut off or damaged.
     """
     folder = Path(folder)
     log = folder / "metrics.jsonl"
-    if not log.is_file():
+    if not os.path.isfile(log):  # unlike Path.is_file, it bears with a name that is too long
         what = "no log (metrics.jsonl)" if folder.is_dir() else "no such folder"
         raise RecipeError(f"{folder}: {what}; give a run's folder, outputs/<run name>")
-    rows = []
-    for number, line in enumerate(log.read_text().splitlines(), 1):
+    steps = []
+    for number, line in enumerate(log.read_text(errors="replace").splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             raise RecipeError(f"{log}, line {number} is not JSON; delete that line") from None
-    steps = [row for row in rows if "loss" in row and "rewards/margins" in row]
+        if not isinstance(row, dict):
+            raise RecipeError(f"{log}, line {number} is no log of a step; delete that line")
+        if "loss" not in row or "rewards/margins" not in row:  # of an evaluation, or the end
+            continue
+        if wrong := [name for name in COLUMNS if not isinstance(row.get(name), int | float)]:
+            raise RecipeError(f"{log}, line {number} has no number `{wrong[0]}`; delete that line")
+        steps.append(row)
     if not steps:
         raise RecipeError(f"{log} has no training step; let training reach its first log")
     failed = _read(folder / "failed_batch.json")
+    if failed and not (isinstance(failed.get("step"), int) and "what" in failed):
+        raise RecipeError(f"{folder / 'failed_batch.json'} cannot be read; delete it")
     if failed.get("step", 0) <= steps[-1]["step"]:  # of an earlier attempt
         failed = {}
     parts = (_read(folder / name) for name in ("config.yaml", "evaluation.json"))
@@ -117,7 +130,7 @@ def _read(path: Path) -> dict:
         return {}
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} cannot be read; make it again or delete it")
@@ -323,10 +336,17 @@ def report(folder: Path) -> Iterator[str]:
     """What `python -m scripts.doctor` prints, finding by finding.
 
     Raises:
-        RecipeError: the folder is no run's.
+        RecipeError: the folder is no run's, or damaged.
     """
     run = read_run(folder)
-    yield from map(str, diagnose(run))
+    try:
+        found = diagnose(run)
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise RecipeError(
+            f"{folder}: config.yaml or evaluation.json holds what no run writes there ({error!r}); "
+            "make it again, or move it away"
+        ) from error
+    yield from map(str, found)
     if not run.evaluation:
         yield "There is no evaluation.json yet: nothing is known of held-out pairs and of replies."
 

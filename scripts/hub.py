@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,8 +40,12 @@ def status_of(error: BaseException) -> int | None:
 def _pause(error: HfHubHTTPError, attempt: int) -> float:
     """Seconds until the next try: what the hub asks for, else a little longer each time."""
     headers = error.response.headers
-    if (told := headers.get("Retry-After", "")).isdigit():
+    told = headers.get("Retry-After", "")
+    if told.isdecimal():
         return float(told)
+    with suppress(ValueError):  # else it is a date, or nothing that can be read
+        then = parsedate_to_datetime(told)
+        return max(0.0, (then - datetime.now(then.tzinfo)).total_seconds())
     if limit := parse_ratelimit_headers(headers):
         return float(limit.reset_in_seconds)
     return BREATH * 2**attempt

@@ -31,11 +31,12 @@ def record_origin(cfg: Config, what: str, facts: dict[str, str | None]) -> None:
 
 
 def read_origins(run_dir: Path) -> dict[str, dict]:
-    """What `record_origin` noted of a run; nothing where it noted nothing."""
+    """What `record_origin` noted of a run; nothing where it noted nothing, or that is damaged."""
     try:
-        return json.loads((run_dir / "origins.json").read_text())
-    except (OSError, ValueError):
+        found = dict(json.loads((run_dir / "origins.json").read_text()))
+    except (OSError, ValueError, TypeError):
         return {}
+    return {what: facts for what, facts in found.items() if isinstance(facts, dict)}
 
 
 def model_origin(name: str, path: str, commit: str) -> dict[str, str | None]:

@@ -65,14 +65,21 @@ def flat(value: object, name: str = "") -> Iterator[tuple[str, float | str]]:
 
 def figures(run_dir: Path) -> dict[str, float | str]:
     """All figures of a run: every step of `metrics.jsonl` (the last log of a step counts), and
-    `evaluation.json` if there is one."""
+    `evaluation.json` if there is one.
+
+    Raises:
+        RepeatError: one of the two is damaged.
+    """
     found = {}
-    log = run_dir / "metrics.jsonl"
-    for row in map(json.loads, log.read_text().splitlines() if log.is_file() else []):
-        found |= dict(flat(row, f"step {row['step']}"))
-    evaluation = run_dir / "evaluation.json"
-    if evaluation.is_file():
-        found |= dict(flat(json.loads(evaluation.read_text()), "evaluation"))
+    path = log = run_dir / "metrics.jsonl"
+    try:
+        for row in map(json.loads, log.read_text().splitlines() if log.is_file() else []):
+            found |= dict(flat(row, f"step {row['step']}"))
+        path = run_dir / "evaluation.json"
+        if path.is_file():
+            found |= dict(flat(json.loads(path.read_text()), "evaluation"))
+    except (ValueError, LookupError, TypeError) as error:
+        raise RepeatError(f"{path} is damaged ({error}): half a line, say, of a kill") from None
     return found
 
 
@@ -97,9 +104,9 @@ def differences(
 def changed_machine(run_dir: Path) -> list[str]:
     """What of versions, device and commit is not as the run noted it."""
     try:
-        then = json.loads((run_dir / "environment.json").read_text())
-    except (OSError, ValueError):
-        return ["environment.json is missing: versions and device of the run are unknown"]
+        then = dict(json.loads((run_dir / "environment.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return ["environment.json cannot be read: versions and device of the run are unknown"]
     now = describe_machine()
     return [f"{k}: {then[k]} then, {now.get(k)} now" for k in then if now.get(k) != then[k]]
 
@@ -163,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
     if not (run_dir / "config.yaml").is_file() or not figures(run_dir):
         raise InputError(f"{run_dir} is no run folder: it needs config.yaml and metrics.jsonl")
     target = args.output_dir or run_dir.with_name(f"{run_dir.resolve().name}-repeat")
-    if target.exists() and any(target.iterdir()):
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} is there already; name another with --output-dir")
     for line in changed_machine(run_dir):
         print(f"changed: {line}", flush=True)

@@ -1,8 +1,11 @@
-"""What a notebook shows of a user's mistake."""
+"""What is shown of a user's mistake, and how a command ends."""
+
+import subprocess
+import sys
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from scripts.cli import InputError, RecipeError
+from scripts.cli import ROOT, InputError, RecipeError
 
 
 def shown(code: str, capsys) -> str:
@@ -20,3 +23,10 @@ def test_a_mistake_is_one_line_in_a_notebook_too(capsys):
 
 def test_any_other_error_keeps_its_traceback(capsys):
     assert "Traceback" in shown("1 / 0", capsys)
+
+
+def test_output_that_nobody_reads_is_one_line():
+    words = ["bash", "-c", '"$0" -m scripts | true; exit ${PIPESTATUS[0]}', sys.executable]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 141 and done.stdout == ""
+    assert done.stderr.startswith("error: what reads") and len(done.stderr.splitlines()) == 1

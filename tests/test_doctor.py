@@ -169,6 +169,40 @@ def test_the_command_prints_it_and_names_what_is_missing(trained, tmp_path):
         list(report(folder))
 
 
+STEP = {
+    "loss": 0.6, "learning_rate": 1e-4, "rewards/margins": 0.1, "rewards/chosen": 0.1,
+    "rewards/accuracies": 0.8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metrics.jsonl", "5", "line 13 is no log of a step"),
+        ("metrics.jsonl", '"loss rewards/margins"', "line 13 is no log of a step"),
+        ("metrics.jsonl", '{"loss": 1, "rewards/margins": 1}', "line 13 has no number `step`"),
+        ("metrics.jsonl", json.dumps(STEP | {"step": 13, "loss": None}), "no number `loss`"),
+        ("metrics.jsonl", b"\xff\xfe", "line 13 is not JSON"),
+        ("config.yaml", b"\xff\xfe", "config.yaml cannot be read"),
+        ("config.yaml", "beta: x", "holds what no run writes"),
+        ("config.yaml", "beta: 0", "holds what no run writes"),
+        ("evaluation.json", '{"measures": 5}', "holds what no run writes"),
+        ("evaluation.json", '{"length": {"rule": "x"}}', "holds what no run writes"),
+        ("failed_batch.json", '{"step": "x"}', "failed_batch.json cannot be read"),
+        ("failed_batch.json", '{"step": 99}', "failed_batch.json cannot be read"),
+    ],
+)
+def test_a_damaged_folder_is_told_in_one_line(tmp_path, name, text, said):
+    log = "".join(json.dumps({"step": step, **STEP}) + "\n" for step in range(1, 13))
+    (tmp_path / "metrics.jsonl").write_text(log)
+    assert list(report(tmp_path))
+    with (tmp_path / name).open("ab") as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RecipeError, match=said) as told:
+        list(report(tmp_path))
+    assert "\n" not in str(told.value)
+
+
 def test_length_is_counted_as_training_cuts_it():
     rows = [
         {"prompt_ids": [0] * 4, "chosen_ids": [0] * c, "rejected_ids": [0] * r}

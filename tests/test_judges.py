@@ -323,3 +323,14 @@ def test_the_key_is_sent_and_not_told(loopback, monkeypatch):
     with pytest.raises(JudgeError) as caught:
         judge(PROMPT, TWO)
     assert "sk-secret" not in str(caught.value)
+
+
+def test_a_key_that_is_no_header_is_not_shown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary\n")
+    headers = Endpoint("http://127.0.0.1:9", "m").session.headers
+    assert headers["Authorization"] == "Bearer sk-canary"
+    for key in ("sk-canary\nmore", "sk-canary\u2026"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(JudgeError, match="OPENAI_API_KEY") as told:
+            Endpoint("http://127.0.0.1:9", "m").probe()
+        assert "canary" not in str(told.value)

@@ -8,7 +8,7 @@ import pytest
 
 from scripts.cli import ROOT
 from scripts.origins import read_origins
-from scripts.repeat import RepeatError, differences, figures, flat, report
+from scripts.repeat import RepeatError, changed_machine, differences, figures, flat, report
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
@@ -56,3 +56,29 @@ def test_no_run_folder_is_one_line(tmp_path):
     done = command("scripts.repeat", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"step": 2, "lo'),
+        ("metrics.jsonl", "5"),
+        ("metrics.jsonl", '{"loss": 1}'),
+        ("evaluation.json", '{"a": '),
+    ],
+)
+def test_a_damaged_run_folder_is_told(tmp_path, name, text):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    assert figures(tmp_path) == {"step 1.step": 1.0, "step 1.loss": 1.0}
+    with (tmp_path / name).open("a") as file:
+        file.write(text)
+    with pytest.raises(RepeatError, match=f"{name} is damaged"):
+        figures(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "5", "null", '{"model": 5, "dataset": null}', "{"])
+def test_damaged_notes_on_a_run_are_none(tmp_path, text):
+    for name in ("origins.json", "environment.json"):
+        (tmp_path / name).write_text(text)
+    assert read_origins(tmp_path) == {}
+    assert changed_machine(tmp_path)

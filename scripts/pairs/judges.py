@@ -205,7 +205,10 @@ class Endpoint:
         self.session = requests.Session()  # shared by the workers, which only send
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))
-        if key := os.environ.get("OPENAI_API_KEY"):
+        key = os.environ.get("OPENAI_API_KEY", "").strip()  # of a file, its newline
+        if not (key.isascii() and key.isprintable()):  # which requests would show in its error
+            raise JudgeError("OPENAI_API_KEY holds a character that no key has; copy it again")
+        if key:
             self.session.headers["Authorization"] = f"Bearer {key}"
 
     def probe(self) -> None:

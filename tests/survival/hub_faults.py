@@ -7,6 +7,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -245,6 +247,10 @@ def faults() -> Iterable[tuple[str, Callable[[], None]]]:
     yield "404 with token", partial(_state, MISSING, "hf_any", "missing", "this token can see")
     yield "no such revision", partial(_state, NO_REVISION, None, "revision", "model_revision")
     yield "429 for long", partial(_state, LATER, None, "busy", "come back in 900 s", "HF_TOKEN")
+    date = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    dated = always(429, Retry_After=date)
+    yield "429 until a date", partial(_state, dated, None, "busy", "come back in 3", "HF_TOKEN")
+    yield "429 until nonsense", partial(_state, always(429, Retry_After="soon"), None, "busy")
     yield "500 for good", partial(_state, always(500), None, "busy", "fails (500)")
     yield "503 for good", partial(_state, always(503), None, "busy", "fails (503)")
     codes = {"401": UNKNOWN, "404": MISSING, "403": GATED, "429": LATER, "500": always(500)}
