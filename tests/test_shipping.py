@@ -214,7 +214,9 @@ def smollm2(tmp_path_factory):
     from trl import get_peft_config
 
     folder = tmp_path_factory.mktemp("smollm2") / "tuned"
-    cfg = load_config("configs/smollm2-135m-cpu.yaml", {"report_to": "none"}, str(folder))
+    cfg = load_config(
+        "configs/smollm2-135m-cpu.yaml", {"report_to": "none"}, output_dir=str(folder)
+    )
     base = str(model_from_wheel(cfg.model.model_name_or_path))
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), get_peft_config(cfg.model))
