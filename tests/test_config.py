@@ -207,3 +207,19 @@ def test_a_file_that_is_no_yaml_is_one_line(tmp_path, text):
     path.write_bytes(text)
     with pytest.raises(ConfigError, match=r"odd\.yaml"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset_name", "https://user:canary@example.org/pairs.jsonl"),
+        ("dataset_name", "https://:canary@example.org/pairs.jsonl"),
+        ("wandb_project", "hf_" + "canary" * 6),
+    ],
+)
+def test_a_password_is_not_taken_into_a_config(key, value):
+    """It would be saved, logged and shown with the rest."""
+    with pytest.raises(ConfigError, match=f"`{key}` holds a password or a token") as told:
+        load_config(DEFAULT, {key: value})
+    assert "canary" not in str(told.value)
+    assert load_config(DEFAULT, {"wandb_project": "hf_llama_experiments"})
