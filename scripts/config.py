@@ -29,7 +29,15 @@ from scripts.cli import ROOT, InputError
 from scripts.cli import RecipeError as RecipeError  # which a config's readers take from here
 from scripts.places import check_dataset, check_model, check_run_folder
 from scripts.rules import contradictions
-from scripts.values import BadValue, checked, hints_of, is_harmless, missing_package, shown
+from scripts.values import (
+    SECRET,
+    BadValue,
+    checked,
+    hints_of,
+    is_harmless,
+    missing_package,
+    shown,
+)
 
 MOST_BRACKETS = 1000
 MOST_CHANGES, LONGEST_CHANGES = 4, 80  # overrides, and letters of them, in a run's name
@@ -118,9 +126,15 @@ class Config:
             self.save(path)
 
     def save(self, path: Path) -> None:
-        """Write the config so that `load_config(path)` gives this run again."""
+        """Write the config so that `load_config(path)` gives this run again; a kill or a full disk
+        leaves what was there."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._text())
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.write_text(self._text())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _text(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self.recipe) | self.given, sort_keys=False)
@@ -374,6 +388,11 @@ def _checked(where: str, key: str, value: Any) -> Any:
         raise ConfigError(
             f"{where}: `hub_token`: a config is saved, logged and shown, so it is no place for a "
             "token; export HF_TOKEN instead"
+        )
+    if isinstance(value, str) and SECRET.search(value):
+        raise ConfigError(
+            f"{where}: `{key}` holds a password or a token, and a config is saved, logged and "
+            "shown; export HF_TOKEN for the hub, and put an address's password into ~/.netrc"
         )
     try:
         return checked(key, HINTS[key], value, DEFAULTS.get(key))

@@ -32,6 +32,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from scripts.adapter import load_adapter, refuse_stale, require_adapter
+from scripts.checkpoints.store import write_whole
 from scripts.config import Config, config_from_args
 from scripts.generation import Reply, generate_replies
 from scripts.measures.grounded import split_sentences
@@ -428,10 +429,11 @@ def _figures(
 
 
 def save_evaluation(figures: dict, frame: pd.DataFrame, run_dir: Path) -> None:
-    """Write `evaluation.json` and the replies side by side (`replies.jsonl`) into the run."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "evaluation.json").write_text(json.dumps(figures, indent=2, allow_nan=False))
-    _write_lines(frame, run_dir / "replies.jsonl")
+    """Write `evaluation.json` and the replies side by side (`replies.jsonl`) into the run; a kill
+    or a full disk leaves an earlier evaluation as it was."""
+    lines = frame.to_json(orient="records", lines=True, force_ascii=False)
+    write_whole(run_dir / "replies.jsonl", lines)
+    write_whole(run_dir / "evaluation.json", json.dumps(figures, indent=2, allow_nan=False))
     (run_dir / PARTIAL).unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
@@ -23,6 +24,12 @@ def section(cells: Sequence[NotebookNode], index: int) -> str:
     return ""
 
 
+def show(text: str, end: str = "\n") -> None:
+    """Print; a run outlives the terminal, or the pipe, that shows it."""
+    with suppress(OSError):
+        print(text, end=end, flush=True)
+
+
 class Client(PapermillNotebookClient):
     """Prints the heading of each section that is come to, and what its cells print and show.
 
@@ -36,17 +43,17 @@ class Client(PapermillNotebookClient):
         if msg["msg_type"] == "execute_input":
             self._come_to(section(self.nb.cells, cell_index))
         elif msg["msg_type"] == "stream":
-            print(content["text"], end="", flush=True)
+            show(content["text"], end="")
         elif (data := content.get("data")) and content.get("metadata", {}).get(
             LINE, "image/png" not in data
         ):
-            print(data.get("text/plain", ""), flush=True)
+            show(data.get("text/plain", ""))
         return super().process_message(msg, cell, cell_index)
 
     def _come_to(self, name: str) -> None:
         if name != self._section:
             self._section = name
-            print(f"\n--- {name} ---", flush=True)
+            show(f"\n--- {name} ---")
 
 
 class Engine(NBClientEngine):

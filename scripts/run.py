@@ -7,7 +7,7 @@ all the same, with the error at its top. The same command goes on with a run tha
 the folder of a finished one it asks for `--resume`, `--overwrite` or another folder.
 
 Exit codes: 0, all cells ran; 1, a cell failed or the kernel was killed; 2, config, path or option
-have a mistake; 75, stopped by SIGTERM, a checkpoint is kept; 130, the same by Ctrl-C.
+have a mistake; 75, stopped by SIGTERM or SIGHUP, a checkpoint is kept; 130, the same by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -131,8 +132,8 @@ def out_of_memory_kills() -> int:
 
 
 class Signals:
-    """Hands SIGTERM and Ctrl-C on to the notebook's kernel, which keeps a checkpoint and stops; the
-    second of a kind ends it at once.
+    """Hands SIGTERM, SIGHUP and Ctrl-C on to the notebook's kernel, which keeps a checkpoint and
+    stops; a second SIGTERM or Ctrl-C ends it at once.
 
     A kernel is no member of the terminal's group of processes, so it gets neither by itself.
     """
@@ -141,9 +142,12 @@ class Signals:
         self.got: int | None = None
         for one in (signal.SIGTERM, signal.SIGINT):
             signal.signal(one, self._hand_on)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under `nohup`
+            signal.signal(signal.SIGHUP, self._hand_on)
 
     def _hand_on(self, signum: int, frame) -> None:
-        again, self.got = self.got == signum, signum
+        # A terminal that goes may send SIGHUP twice: as its system, and as its shell.
+        again, self.got = self.got == signum != signal.SIGHUP, signum
         kernels = [p for p in psutil.Process().children() if "ipykernel_launcher" in p.cmdline()]
         for kernel in kernels:
             kernel.send_signal(signal.SIGKILL if again else signum)
@@ -152,11 +156,12 @@ class Signals:
 
     @property
     def name(self) -> str:
-        return "Ctrl-C" if self.got == signal.SIGINT else "SIGTERM"
+        return "Ctrl-C" if self.got == signal.SIGINT else signal.Signals(self.got).name
 
     def end(self, message: str) -> None:
         """End the command with the code that tells a stop from a failure."""
-        print(f"\n{message}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may have gone
+            print(f"\n{message}", file=sys.stderr)
         sys.exit(CTRL_C if self.got == signal.SIGINT else STOPPED)
 
 

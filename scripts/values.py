@@ -127,6 +127,7 @@ PACKAGE_OF_OPTIMISER = {
     "npu": "torch_npu", "xla": "torch_xla", "anyprecision": "torchdistx"
 }  # fmt: skip
 TOKEN = re.compile(r"hf_\w{8,}|(?<=//)[^/@\s]+@")
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=//)[^/@\s:]*:[^/@\s]+@")  # surely one
 
 
 def shown(value: Any) -> str:

@@ -246,3 +246,19 @@ def test_a_path_that_is_there_is_meant_by_its_name_whatever_yaml_makes_of_it(tmp
         path = str(tmp_path / name)
         assert parse_overrides([f"dataset_name={path}"]) == {"dataset_name": path}
     assert parse_overrides(["dataset_name=null"]) == {"dataset_name": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dataset_name", "https://user:canary@example.org/pairs.jsonl"),
+        ("dataset_name", "https://:canary@example.org/pairs.jsonl"),
+        ("wandb_project", "hf_" + "canary" * 6),
+    ],
+)
+def test_a_password_is_not_taken_into_a_config(key, value):
+    """It would be saved, logged and shown with the rest."""
+    with pytest.raises(ConfigError, match=f"`{key}` holds a password or a token") as told:
+        load_config(DEFAULT, {key: value})
+    assert "canary" not in str(told.value)
+    assert load_config(DEFAULT, {"wandb_project": "hf_llama_experiments"})

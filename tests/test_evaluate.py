@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import sys
 from functools import partial
@@ -468,3 +469,16 @@ def test_aims_of_a_config_take_the_place_of_those_set_beforehand(tiny_run):
     trainer, cfg = tiny_run(aims=aims)
     figures, _ = evaluate(trainer, cfg, load_preferences(cfg)["test"])
     assert set(figures["targets"]) == {"shorter at least -1", "finished at most 0.1"}
+
+
+def test_a_full_disk_leaves_the_earlier_evaluation(tmp_path):
+    save_evaluation({"pairs": 1}, pd.DataFrame({"base": ["a"]}), tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save_evaluation({"pairs": 2}, pd.DataFrame({"base": ["b" * 99]}), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before

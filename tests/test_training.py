@@ -217,7 +217,9 @@ def test_a_new_run_in_a_folder_sets_the_old_adapter_aside(tiny_cfg):
     (cfg.run_dir / "adapter").mkdir(parents=True)
     (cfg.run_dir / "adapter" / "weights").write_text("old")
     (cfg.run_dir / "evaluation.json").write_text("{}")
+    (cfg.run_dir / "merged").mkdir()  # which the new run's merge would replace
     start_run(cfg)
+    assert (cfg.run_dir / "earlier" / "merged").is_dir() and not (cfg.run_dir / "merged").exists()
     assert not (cfg.run_dir / "adapter").exists() and not (cfg.run_dir / "evaluation.json").exists()
     assert (cfg.run_dir / "earlier" / "adapter" / "weights").read_text() == "old"
     (cfg.run_dir / "adapter").mkdir()

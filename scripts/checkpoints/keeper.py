@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
 from scripts.checkpoints import identity
@@ -27,6 +27,7 @@ from scripts.checkpoints.store import (
     damage,
     newest_whole,
     put_in_place,
+    rotate_checkpoints,
     seal,
     step_of,
     write_whole,
@@ -43,7 +44,7 @@ class Keeper(DPOTrainer):
 
     - A checkpoint is written aside and put in its place whole, with the run's identity.
     - Going on from another run's, or from a damaged one, is refused; a finished run does no step.
-    - SIGTERM, Ctrl-C, an error of memory, disk or data: the last finished step becomes a
+    - SIGTERM, SIGHUP, Ctrl-C, an error of memory, disk or data: the last finished step becomes a
       checkpoint, and one line says so. A second Ctrl-C stops without one.
     - A loss, margin, gradient or weight that is not finite stops training, and the batch is kept.
     - `train` called again goes on where it was stopped; once it is through, it trains nothing anew.
@@ -90,6 +91,7 @@ class Keeper(DPOTrainer):
             try:
                 outcome = super().train(str(checkpoint) if checkpoint else None, **kwargs)
                 self._stop_if_asked()
+                self._refuse_a_shorter_run()
                 self._outcome, self._broke_off = outcome, False
                 return outcome
             except (RecipeError, KeyboardInterrupt):
@@ -100,6 +102,15 @@ class Keeper(DPOTrainer):
                     error.add_note(self._rescued())
                     raise
                 raise self._ended(what) from error
+
+    def _refuse_a_shorter_run(self) -> None:
+        """Under a constant rate the length may be another: longer, not shorter than was trained."""
+        if self.state.global_step > self.state.max_steps:
+            raise RecipeError(
+                f"{self._kept} is of step {self.state.global_step}, and max_steps or "
+                f"num_train_epochs ask for {self.state.max_steps}: take another --output-dir, or "
+                "--overwrite to begin anew (what is there is set aside)"
+            )
 
     @property
     def _run_dir(self) -> Path:
@@ -143,12 +154,16 @@ class Keeper(DPOTrainer):
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """While training, SIGTERM and Ctrl-C ask for a stop at the next safe point."""
+        """While training, SIGTERM, Ctrl-C and SIGHUP (the terminal has gone; not under `nohup`) ask
+        for a stop at the next safe point."""
         self._asked, self._pid = None, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = {one: signal.signal(one, self._ask) for one in (signal.SIGTERM, signal.SIGINT)}
+        asking = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            asking.append(signal.SIGHUP)
+        old = {one: signal.signal(one, self._ask) for one in asking}
         try:
             yield
         finally:
@@ -270,6 +285,14 @@ class Keeper(DPOTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self._stop_if_asked()
 
+    def log(self, *args, **kwargs) -> None:
+        """TRL's; what could not be written or printed is not added up again in the next log."""
+        mode = "train" if self.model.training else "eval"
+        try:
+            super().log(*args, **kwargs)
+        finally:
+            self._metrics[mode].clear()
+
     def prediction_step(self, *args, **kwargs):
         if self.is_in_train and self.args.world_size == 1:
             self._stop_if_asked()
@@ -360,7 +383,9 @@ class Keeper(DPOTrainer):
             super()._push_from_checkpoint(str(target))
         if self.args.should_save:  # old ones go only now
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, best)
+            rotate_checkpoints(
+                self._run_dir, self.args.save_total_limit, self.state.global_step, best
+            )
 
     def _finish(self, part: Path, target: Path) -> None:
         """Complete the checkpoint in `part` and put it in its place."""

@@ -27,12 +27,17 @@ os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 def _take(path: Path) -> int | None:
     """An open descriptor that holds the lock `path`, or None if another process does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
+    except OSError as error:  # not every network's file system has locks
+        raise RecipeError(
+            f"{path} cannot be locked ({error.strerror}); remove it, or give an --output-dir on "
+            "another disk"
+        ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor
@@ -42,7 +47,7 @@ def hold(run_dir: Path) -> None:
     """Keep every other run out of `run_dir` until this process ends; again is the same as once.
 
     Raises:
-        RecipeError: another process runs there.
+        RecipeError: another process runs there, or the folder takes no lock.
     """
     folder = run_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,7 @@ def hold(run_dir: Path) -> None:
         else:
             os.close(kernel)
     if descriptor is None:
-        pid = other.read_text().strip() or "?"
+        pid = other.read_text(errors="replace").strip() or "?"
         raise RecipeError(
             f"{run_dir} is in use by process {pid}; wait for it, end it (a notebook's kernel keeps "
             "the folder until it is shut down), or give another --output-dir"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 MANIFEST = "whole.json"
 ASIDE = ".writing"
-NAME = re.compile(r"checkpoint-(\d+)")
+NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
 def flush(path: Path) -> None:
@@ -86,6 +86,8 @@ def damage(folder: Path) -> str | None:
     """
     if not folder.is_dir():
         return "there is no such folder"
+    if not NAME.fullmatch(folder.name):
+        return "it is not named checkpoint-<step>, as it was written"
     kept = manifest(folder)
     if not kept:
         return f"it has no readable {MANIFEST}, which is written last"
@@ -99,6 +101,10 @@ def damage(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes of {size}"
         if _digest(path) != digest:
             return f"{name} has other bytes than were written"
+    if (state := folder / "trainer_state.json").is_file():
+        step = json.loads(state.read_text()).get("global_step")
+        if step != step_of(folder):
+            return f"it is of step {step}, whatever its name says"
     return None
 
 
@@ -124,3 +130,18 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
             return path, remarks
         remarks.append(f"{path} is not whole: {wrong}; it is passed over")
     return None, remarks
+
+
+def rotate_checkpoints(run_dir: Path, limit: int | None, step: int, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, once that of `step` is in its place; `best` is
+    kept. A folder with a later step, damaged or not this run's, neither counts nor goes: with
+    transformers' own rotation the checkpoint just written went in its place."""
+    if not limit or limit < 0:
+        return
+    own = [path for path in checkpoints(run_dir) if step_of(path) <= step]
+    keep = own[:limit]
+    if best and Path(best) in own and Path(best) not in keep:
+        keep = [*own[: max(1, limit - 1)], Path(best)]
+    for path in own:
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -19,7 +19,10 @@ from scripts.cli import ROOT, RecipeError
 from scripts.config import Config
 
 FINISHED = ("adapter", "model", "evaluation.json")  # one of them: training was through
-ALONG = ("replies.jsonl", "metrics.jsonl", "memory.csv", "figures", "config.yaml")
+ALONG = (
+    "merged", "replies.jsonl", "metrics.jsonl", "memory.csv", "figures", "config.yaml",
+    "environment.json", "origins.json", "failed_batch.json", "dropped_rows.jsonl", "data_check",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -96,14 +99,35 @@ def settle(cfg: Config, *, resume: bool = False, overwrite: bool = False) -> Non
     last = _newest(cfg.run_dir)
     if last:
         # Asked for by name, it may have moved with its model and data: the trainer compares these.
-        refuse_another(last, {"config": settings(cfg)}, may_have_moved=resume)
-        cfg.dpo.resume_from_checkpoint = str(last)
+        refuse_another(last, {"config": _settings(cfg, last)}, may_have_moved=resume)
+        _go_on_from(last, cfg)
         print(f"going on from {last}")
+    elif finished:
+        raise RecipeError(
+            f"--resume: training is through in {cfg.run_dir} and left no whole checkpoint; what is "
+            f"left do scripts.evaluate and scripts.export, --config {cfg.run_dir}/config.yaml"
+        )
     elif resume:
         raise RecipeError(
             f"--resume: no whole checkpoint in {cfg.run_dir}; leave --resume out, and to keep some "
             "set save_strategy: steps and save_steps"
         )
+
+
+def _settings(cfg: Config, checkpoint: Path) -> dict:
+    """`identity.settings` of `cfg`; a `max_length` that is open is the one of `checkpoint`, whose
+    run chose it from the same data, or is found out later to be another's."""
+    values = settings(cfg)
+    if cfg.length_is_open:
+        theirs = manifest(checkpoint)["run"].get("config", {})
+        values["max_length"] = theirs.get("max_length", values["max_length"])
+    return values
+
+
+def _go_on_from(checkpoint: Path, cfg: Config) -> None:
+    if cfg.length_is_open:
+        cfg.settle_max_length(_settings(cfg, checkpoint)["max_length"])
+    cfg.dpo.resume_from_checkpoint = str(checkpoint)
 
 
 def _newest(run_dir: Path) -> Path | None:
@@ -135,8 +159,8 @@ def _go_on_or_set_aside(cfg: Config) -> None:
     last = None
     if not any((cfg.run_dir / name).exists() for name in FINISHED):
         last = _newest(cfg.run_dir)
-    if last and not differences(manifest(last)["run"], {"config": settings(cfg)}):
-        cfg.dpo.resume_from_checkpoint = str(last)
+    if last and not differences(manifest(last)["run"], {"config": _settings(cfg, last)}):
+        _go_on_from(last, cfg)
         print(f"The run that was stopped here goes on from {last}")
     elif aside := set_aside_results(cfg.run_dir):
         print(f"What the earlier run left is in {aside}")

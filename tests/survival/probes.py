@@ -60,6 +60,22 @@ class SignalAtStep:
 
 
 @dataclass
+class BreakOutput:
+    """From a step on, the process's output is a pipe that nobody reads."""
+
+    step: int
+
+    def __call__(self) -> None:
+        def strike(state, **_) -> None:
+            if state.global_step == self.step:
+                reader, writer = os.pipe()
+                os.close(reader)
+                os.dup2(writer, 1)
+
+        _watch("on_step_end", strike)
+
+
+@dataclass
 class KillInSave:
     """SIGKILL at the n-th call of a function that the saving of checkpoints makes."""
 

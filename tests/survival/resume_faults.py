@@ -28,6 +28,7 @@ WAYS = {
     },
     ", TRL's way": {"prefix_sharing": False},
     ", logs every third step": {"logging_steps": 3},
+    ", length chosen from the data": {"max_length": "auto"},
     ", reference scored beforehand": {"precompute_ref_log_probs": True},
     ", all weights trained": {"use_peft": False, "learning_rate": 1e-3},
 }
@@ -127,6 +128,27 @@ def finished() -> None:
     assert (run_dir / "earlier/adapter/adapter_model.safetensors").read_bytes() == before
 
 
+def finished_without_checkpoints() -> None:
+    """What is left of such a run is told, and not to begin anew."""
+    run_dir = tiny.scratch("finished") / "run"
+    tiny.run(run_dir, save_strategy="no")
+    done = tiny.run(run_dir, "--resume", save_strategy="no")
+    assert done.code == 1 and "scripts.evaluate" in done.one_line(), done.text
+
+
+def another_length(steps: int) -> None:
+    """Under a constant rate a longer run goes on from a shorter one; a shorter one is refused."""
+    run_dir, constant = tiny.scratch("length") / "run", {"lr_scheduler_type": "constant"}
+    tiny.run(run_dir, probe=SignalAtStep(signal.SIGKILL, 6, "on_save"), **constant)
+    done = tiny.run(run_dir, max_steps=steps, **constant)
+    if steps > 6:
+        assert done.code == 0 and "going on from" in done.text, done.text[-1500:]
+        tiny.same_as_uninterrupted(run_dir, max_steps=steps, **constant)
+    else:
+        assert done.code == 1 and f"ask for {steps}" in done.one_line(), done.text[-1500:]
+        assert not (run_dir / "adapter").exists()
+
+
 def in_use() -> None:
     """A second run in the folder is refused while the first lives, not after it was killed."""
     run_dir = tiny.scratch("locked") / "run"
@@ -140,6 +162,14 @@ def in_use() -> None:
     again = tiny.run(run_dir)
     assert again.code == 0, again.text[-1500:]
     tiny.same_as_uninterrupted(run_dir)
+
+
+def no_lock() -> None:
+    """Where the lock should be, there is a folder."""
+    run_dir = tiny.scratch("locked") / "run"
+    (run_dir / ".run.lock").mkdir(parents=True)
+    done = tiny.run(run_dir)
+    assert done.code == 1 and ".run.lock cannot be locked" in done.one_line(), done.text
 
 
 def faults() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -156,5 +186,9 @@ def faults() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "resumed with other data under the same name", other_data
     yield "resumed with another model under the same name", other_model
     yield "resumed after all has moved", moved
+    for what, steps in (("longer", 8), ("shorter", 4)):
+        yield f"a {what} run under a constant rate", partial(another_length, steps)
     yield "the command given again after the run has finished", finished
+    yield "a finished run that kept no checkpoint", finished_without_checkpoints
     yield "a second run in a folder in use", in_use
+    yield "a folder that cannot be locked", no_lock

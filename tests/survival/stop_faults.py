@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from tests.survival import tiny
-from tests.survival.probes import SignalAtStep
+from tests.survival.probes import BreakOutput, SignalAtStep
 
 AREA = "SIGTERM and Ctrl-C"
-CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGHUP: 75}
 
 
 def stopped(signum: int, step: int, event: str, settings: dict) -> None:
@@ -35,8 +35,19 @@ def before_the_first_step() -> None:
     tiny.same_as_uninterrupted(run_dir)
 
 
+def unread() -> None:
+    """What the output was piped to has gone, as after `| head`."""
+    run_dir = tiny.scratch("unread") / "run"
+    done = tiny.run(run_dir, probe=BreakOutput(3))
+    assert done.code == 141, done.text[-1500:]
+    assert f"Kept: {run_dir}/checkpoint-" in done.one_line(), done.text
+    again = tiny.run(run_dir)
+    assert again.code == 0, again.text[-1500:]
+    tiny.same_as_uninterrupted(run_dir)
+
+
 def faults() -> Iterator[tuple[str, Callable[[], None]]]:
-    for signum in CODES:
+    for signum in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(signum).name
         for where, step, event, settings in (
             ("between two steps", 3, "on_step_end", {}),
@@ -53,3 +64,5 @@ def faults() -> Iterator[tuple[str, Callable[[], None]]]:
         ):  # fmt: skip
             yield f"{name} {where}", partial(stopped, signum, step, event, settings)
     yield "SIGTERM before the first step", before_the_first_step
+    yield "SIGHUP between two steps", partial(stopped, signal.SIGHUP, 3, "on_step_end", {})
+    yield "the output's reader goes", unread
