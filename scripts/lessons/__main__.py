@@ -2,7 +2,7 @@
 
     python -m scripts.lessons --out notebooks/lessons.json
 
-Each run takes about three minutes of CPU time with the default model. The notebook draws the file.
+Each run takes about two minutes on two cores with the default model. The notebook draws the file.
 """
 
 from __future__ import annotations
