@@ -95,8 +95,9 @@ def _label_contours(axis: Axes, lines: ContourSet, beta: float, reach: float) ->
 def displacement(results: dict) -> Figure:
     """Both answers' log-ratios while training, with and without an SFT term, from `lessons.json`.
 
-    Faint: each step's pairs; strong: the mean of the last four steps. Likelihood displacement:
-    Razin et al., arXiv 2410.08847, section 3.
+    Faint: each step's pairs; strong: the mean of the last four steps; the large mark at the right
+    end, held-out pairs after the run. Likelihood displacement: Razin et al., arXiv 2410.08847,
+    section 3.
     """
     names = [name for name in ARM_STYLES if name in results["arms"]]
     with plt.rc_context(STYLE):
@@ -109,9 +110,13 @@ def displacement(results: dict) -> Figure:
                 axis.plot(ratio, color=colour, alpha=0.25, lw=1)
                 smooth = ratio.rolling(4, min_periods=1).mean()  # a step is of few pairs
                 axis.plot(smooth, dash, color=colour, marker=mark, label=arm["title"])
+                end = steps["step"][-1] * 1.15
+                held = np.mean(arm["held_out"][side])
+                axis.plot(end, held, mark, color=colour, markersize=12, markeredgecolor="black")
         for axis, side in zip(axes, ("chosen", "rejected"), strict=True):
             axis.axhline(0, color=NEUTRAL, lw=0.8)
-            axis.set(xlabel="optimiser step")
+            axis.axvline(end * 0.94, color=NEUTRAL, lw=0.8, ls="--")
+            axis.set(xlabel="optimiser step; right of the line: held out")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set_title(f"{side} answers", loc="left")
         axes[0].set_ylabel("log-ratio (nats an answer)")
