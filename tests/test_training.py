@@ -227,3 +227,10 @@ def test_a_new_run_in_a_folder_sets_the_old_adapter_aside(tiny_cfg):
     resumed = tiny_cfg(resume_from_checkpoint=str(cfg.run_dir / "checkpoint-1"))
     start_run(resumed)
     assert (cfg.run_dir / "adapter").exists()
+
+
+def test_no_card_is_written_that_names_no_base_model(tiny_run):
+    trainer, cfg = tiny_run(save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert list(cfg.run_dir.glob("checkpoint-*"))
+    assert not (cfg.run_dir / "README.md").exists()

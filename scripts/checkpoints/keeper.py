@@ -112,6 +112,12 @@ class Keeper(DPOTrainer):
                 "--overwrite to begin anew (what is there is set aside)"
             )
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's card, where the trainer itself sends the model to the hub. Beside a run it would
+        name no base that was read from a folder; `export push` makes a card from the run."""
+        if self.args.push_to_hub:
+            super().create_model_card(*args, **kwargs)
+
     @property
     def _run_dir(self) -> Path:
         return Path(self.args.output_dir)
