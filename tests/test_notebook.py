@@ -109,11 +109,11 @@ def test_resume_without_a_checkpoint_is_one_line(tmp_path):
 def test_a_failing_cell_is_told_and_the_notebook_kept(tmp_path):
     done = run("--output-dir", str(tmp_path / "run"), "--set", "dataset_format=alpaca")
     assert done.returncode == 1
-    assert "this run would fail: dataset" in done.stdout and "'alpaca' needs" in done.stdout
+    assert "this run would fail: dataset" in done.stdout and "alpaca needs columns" in done.stdout
     assert "Traceback" not in done.stderr
     saved = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
     assert "## The run failed in cell" in saved.cells[0].source
-    assert "DataError: columns" in saved.cells[0].source
+    assert "PreflightError: this run would fail: dataset" in saved.cells[0].source
     assert "An Exception was encountered at" in saved.cells[1].source  # links to the cell
     errors = [o for c in saved.cells for o in c.get("outputs", []) if o.output_type == "error"]
-    assert [error.ename for error in errors] == ["DataError"]
+    assert [error.ename for error in errors] == ["PreflightError"]

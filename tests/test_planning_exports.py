@@ -75,6 +75,11 @@ def test_the_table_of_an_8b_on_a_gpu(llama):
     assert list(frame.index) == [
         "merge", "gguf f16", "gguf q8_0", "gguf q4_k_m", "push adapter", "push merged",
     ]  # fmt: skip
+    # beside the merged model its 4-bit weights, with double quantization, and the adapter
+    assert frame.loc["merge", "GPU GB"] == pytest.approx(merged + 3.35 + 0.75, abs=0.1)
+    cfg.recipe.merge_into = "original"
+    frame = exports_table(cfg, sizes, runtime=GB)
+    cfg.recipe.merge_into = "dequantized"
     assert frame.loc["merge", "GPU GB"] == pytest.approx(merged + 0.75, abs=0.1)
     assert frame.loc["merge", "memory GB"] == pytest.approx(merged + 1)  # it is saved from there
     assert frame.loc["merge", "disk GB"] == pytest.approx(merged)

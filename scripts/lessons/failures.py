@@ -15,6 +15,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 from trl import DPOTrainer
 
+from scripts.cli import DEFAULT_CONFIG
 from scripts.config import Config, load_config
 from scripts.data import load_preferences
 from scripts.evaluate import pair_logps, reference
@@ -64,8 +65,8 @@ ARMS = {
 }  # fmt: skip
 
 
-# Unless the command names others. Answers of a few dozen tokens, where the failures show; on the
-# short ones of data/grounded the chosen answer rises with DPO alone.
+# With the default config, unless others are named. Answers of a few dozen tokens, where the
+# failures show; on the short ones of data/grounded the chosen answer rises with DPO alone.
 PAIRS = {"dataset_name": "data/concise", "max_length": 256}
 
 
@@ -122,7 +123,7 @@ def run_arms(
     Rewards and margins are in nats, lengths in tokens, `chosen` and `rejected` log-ratios
     log pi(y|x) - log pi_ref(y|x) of whole held-out answers.
     """
-    if "dataset_name" not in overrides:
+    if config == DEFAULT_CONFIG and "dataset_name" not in overrides:
         overrides = PAIRS | overrides
     base_cfg = load_config(config, overrides)
     path, _ = resolve_model(base_cfg.model.model_name_or_path, base_cfg.model.model_revision)

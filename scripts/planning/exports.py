@@ -107,11 +107,17 @@ def merge_needs(cfg: Config, sizes: ModelSizes, runtime: float | None = None) ->
     """
     runtime = process_gb() * GB if runtime is None else runtime
     merged, file = merged_bytes(cfg, sizes), 2 * sizes.base
-    adapter = stored(cfg, sizes)["adapter"]
+    kept = stored(cfg, sizes)
+    adapter = kept["adapter"]
     # The update of the largest matrix in float32, and what `safe_merge` makes of it in 16 bits.
     update = 8 * sizes.width * sizes.mlp_width if sizes.rank else 0
     held = merged + 2 * adapter + update
     gpu = on_gpu(cfg)
+    low_bit = cfg.model.load_in_4bit or cfg.model.load_in_8bit
+    if low_bit and cfg.recipe.merge_into == "dequantized":
+        held += kept["linear layers"]  # the 4-bit weights, until they are written out
+        if not gpu:  # whose freed blocks are kept: what scoring the policy before left behind
+            held += 2 * sizes.base
     return Needs(
         memory=runtime + (merged if gpu else held), mapped=max(file, merged),
         gpu=held if gpu else 0, disk=merged, moved=file + adapter + 2 * merged, sent=0,
