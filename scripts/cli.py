@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import select
 import signal
@@ -142,6 +143,17 @@ def whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return read
+
+
+def json_object(text: str) -> dict:
+    """The type of an option that takes a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value
 
 
 def number(least: float, most: float = 1e9, *, above: bool = False) -> Callable[[str], float]:
@@ -329,6 +341,9 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     add("--model", help="the model's name there (default: the only one that it lists)")
     add("--workers", type=whole(1), default=4, help="questions asked at a time")
     add("--timeout", type=number(0, 1e5, above=True), default=120.0, help="seconds for a reply")
+    add("--body", type=json_object, default={}, metavar="JSON",
+        help='more of each request, e.g. \'{"repeat_penalty": 1}\', where a server penalizes '
+             "repetition unasked")  # fmt: skip
     add("--least-same", type=number(0, 1), default=0.0,
         help="fail if a smaller share of the replies is the run's own")  # fmt: skip
     _questions(parser)

@@ -38,6 +38,7 @@ class Server(Endpoint):
     """An OpenAI-compatible server of the tuned model, asked as patiently as a judge."""
 
     who = "server"
+    more: dict = {}  # noqa: RUF012 - of each request, beside what OpenAI's API has; set, not changed
 
     def only_model(self) -> str:
         """The name of the one model that the server lists.
@@ -66,7 +67,7 @@ class Server(Endpoint):
             JudgeError: the server is not there, stays busy or refuses.
             ServerError: its answers are no chat completions, three times in a row.
         """
-        body = {"model": self.model, "messages": messages, "temperature": 0}
+        body = {"model": self.model, "messages": messages, "temperature": 0} | self.more
         body["max_tokens"] = max_new_tokens
         for _ in range(TRIES):
             answer = self.ask(body)
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args, may_lack_gpu=True)
     settings = {"timeout": args.timeout, "workers": args.workers}
     server = Server(args.url, args.model or "", **settings)
-    server.model = args.model or server.only_model()
+    server.model, server.more = args.model or server.only_model(), args.body
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     probe = main_probe(cfg, load_preferences(cfg, tokenizer)["test"])

@@ -57,6 +57,22 @@ def test_what_differs_is_counted_and_shown(loopback, tiny_cfg):
     assert "0.667" in shown  # exact, by the checker, where the run's own is 1
 
 
+def test_what_a_server_does_unasked_can_be_switched_off(loopback, tiny_cfg):
+    def penalizing(path, body):
+        plain = json.loads(body).get("repeat_penalty") == 1
+        return faithful(path, body) if plain else completion("Other words.")
+
+    cfg = tiny_cfg()
+    probe = write_replies(cfg, *PROMPTS)
+    asked = server(loopback(penalizing))
+    assert not check(asked, cfg, probe, None)["same"].any()
+    asked.more = parse("serve", ["--url", "x", "--body", '{"repeat_penalty": 1}']).body
+    assert check(asked, cfg, probe, None)["same"].all()
+    for text in ("1", "{"):
+        with pytest.raises(SystemExit):
+            parse("serve", ["--url", "x", "--body", text])
+
+
 class Flaky:
     """Gives the first `answers` before it is faithful; counts what it was asked."""
 

@@ -290,6 +290,7 @@ def test_llama_cpps_own_server_says_what_the_file_says(smollm2, tmp_path):
                 time.sleep(0.3)
         client = Server(url, "", timeout=120)
         client.model = client.only_model()
+        client.more = {"repeat_penalty": 1}  # this server's own default is 1.1
         assert [client.reply(prompt, most) for prompt in prompts] == wanted
     finally:
         process.terminate()
