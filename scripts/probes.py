@@ -18,7 +18,7 @@ from datasets import Dataset
 from scripts.config import ROOT, Config
 from scripts.measures import grounded, instructions
 from scripts.measures.text import are_facts, fact_recall
-from scripts.pairs.formats import Messages
+from scripts.pairs.messages import Messages
 from scripts.pairs.passages import ask, read_questions
 from scripts.pairs.tokens import template_options
 

@@ -12,8 +12,9 @@ from scripts.config import parse_overrides
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
 from scripts.pairs.files import read_file
-from scripts.pairs.formats import BadRow, further_columns, to_pair
+from scripts.pairs.formats import further_columns, to_pair
 from scripts.pairs.load import check_preferences
+from scripts.pairs.messages import BadRow
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
 
@@ -209,6 +210,65 @@ TWINS = {
     ),
     "stackexchange": (
         {"qid": 7, "question": Q, "response_j": YES, "response_k": NO},
+        PLAIN,
+    ),
+    "swift, called rejected": ({"messages": turns(Q, YES), "rejected": NO}, PLAIN),
+    "compared, HelpSteer2": (
+        {"prompt": Q, "response_1": NO, "response_2": YES, "preference_strength": 2},
+        PLAIN,
+    ),
+    "compared, HelpSteer2, the first": (
+        {"prompt": Q, "response_1": YES, "response_2": NO, "preference_strength": -1},
+        PLAIN,
+    ),
+    "compared, HelpSteer3": (
+        {"context": TALK["prompt"], "response1": YES, "response2": NO, "overall_preference": -3},
+        TALK,
+    ),
+    "compared, PKU-SafeRLHF": (
+        {
+            "prompt": Q,
+            "response_0": NO,
+            "response_1": YES,
+            "response_2": None,
+            "better_response_id": 1,
+            "safer_response_id": 0,
+        },
+        PLAIN,
+    ),
+    "compared, arena conversations": (
+        {
+            "conversation_a": turns("Hello.", "Hello! What is it?", Q, NO),
+            "conversation_b": turns("Hello.", "Hello! What is it?", Q, YES),
+            "winner": "model_b",
+            "model_a": "x",
+            "language": "English",
+        },
+        TALK,
+    ),
+    "compared, arena lists": (
+        {
+            "prompt": json.dumps([Q]),
+            "response_a": json.dumps([YES]),
+            "response_b": json.dumps([NO]),
+            "winner_model_a": 1,
+            "winner_model_b": 0,
+            "winner_tie": 0,
+        },
+        PLAIN,
+    ),
+    "compared, SHP": (
+        {"history": Q, "human_ref_A": NO, "human_ref_B": YES, "labels": 0, "score_ratio": 2.0},
+        PLAIN,
+    ),
+    "compared, WebGPT": (
+        {
+            "question": {"full_text": Q, "dataset": "made up"},
+            "answer_0": YES,
+            "answer_1": NO,
+            "score_0": 0.5,
+            "score_1": -0.5,
+        },
         PLAIN,
     ),
     "scored, the first best and the first worst": (
@@ -538,6 +598,9 @@ def test_the_margin_of_scores_is_an_option(tiny_cfg, tmp_path):
     assert f"not more than {margin:g} (score_margin) apart" in report.bad()[0].detail
 
 
+BOTH = {"prompt": Q, "response_a": YES, "response_b": NO}
+
+
 @pytest.mark.parametrize(
     ("row", "name", "told"),
     [
@@ -578,6 +641,12 @@ def test_the_margin_of_scores_is_an_option(tiny_cfg, tmp_path):
             "history is not a list of pairs",
         ),
         ({"prompt": Q, "label": True}, "unpaired", "does not end with the assistant"),
+        (BOTH | {"winner": "maybe"}, "compared", "winner is 'maybe': not model_a"),
+        (BOTH | {"winner": "tie"}, "compared", "equally good"),
+        (BOTH | {"preference_strength": "much"}, "compared", "preference_strength is not a number"),
+        (BOTH | {"better_response_id": 2}, "compared", "better_response_id is 2, neither 0 nor 1"),
+        (BOTH | {"winner": None}, "compared", "winner or .* is missing or null"),
+        (BOTH | {"response_a": None, "winner": "a"}, "compared", "are not two answers"),
     ],
 )
 def test_a_row_that_lacks_something_says_what(row, name, told):

@@ -224,6 +224,61 @@ EVERY = {
             "response_j": yes(i), "response_k": no(i),
         }),
     ),
+    "messages and rejected": (
+        "swift", rows(lambda i: {"messages": [user(q(i)), said(yes(i))], "rejected": no(i)}),
+    ),
+    "HelpSteer2, preferences": (
+        "compared",
+        rows(lambda i: {
+            "split": "train", "prompt": q(i), "preference_strength": 2 if i else 0,
+            "response_1": no(i), "response_2": yes(i), "preference_statement": "made up",
+        }),
+    ),
+    "HelpSteer3, preferences": (
+        "compared",
+        rows(lambda i: {
+            "domain": "general", "context": [user(q(i))], "response1": yes(i), "response2": no(i),
+            "overall_preference": -1, "individual_preference": [{"score": -1}],
+        }),
+    ),
+    "PKU-SafeRLHF": (
+        "compared",
+        rows(lambda i: {
+            "prompt": q(i), "response_0": yes(i), "response_1": no(i), "is_response_0_safe": True,
+            "better_response_id": 0, "safer_response_id": 1,
+        }),
+    ),
+    "Chatbot Arena, conversations": (
+        "compared",
+        rows(lambda i: {
+            "question_id": str(i), "model_a": "a", "model_b": "b", "turn": 1,
+            "winner": "model_a" if i else "tie (bothbad)",
+            "conversation_a": [user(q(i)), said(yes(i))],
+            "conversation_b": [user(q(i)), said(no(i))],
+        }),
+    ),
+    "Chatbot Arena, lists": (
+        "compared",
+        rows(lambda i: {
+            "id": i, "prompt": json.dumps([q(i)]), "response_a": json.dumps([no(i)]),
+            "response_b": json.dumps([yes(i)]),
+            "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0,
+        }),
+    ),
+    "SHP": (
+        "compared",
+        rows(lambda i: {
+            "post_id": str(i), "history": q(i), "human_ref_A": yes(i), "human_ref_B": no(i),
+            "labels": 1, "score_A": 9, "score_B": 2,
+        }),
+    ),
+    "WebGPT": (
+        "compared",
+        rows(lambda i: {
+            "question": {"id": str(i), "full_text": q(i)},
+            "answer_0": no(i), "answer_1": yes(i), "score_0": -1.0, "score_1": 1.0,
+        }),
+    ),
     "Stack Exchange, scores": (
         "scored",
         rows(lambda i: {
@@ -272,6 +327,8 @@ LEFT_OUT = {
         1,
         "the best score is 8.5, the worst 8.5: not more than 0 (score_margin) apart",
     ),
+    "HelpSteer2, preferences": (1, "the two answers were found equally good"),
+    "Chatbot Arena, conversations": (1, "the two answers were found equally good"),
     "LLaMA-Factory, KTO alpaca": (1, "no answer labelled bad is left for the same prompt"),
     "damaged.jsonl": (1, "not JSON"),
 }

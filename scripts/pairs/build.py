@@ -31,8 +31,8 @@ from scripts.measures.text import are_facts
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.checker import Checker
 from scripts.pairs.files import Row, read_file
-from scripts.pairs.formats import BadRow, Messages, as_messages
 from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
+from scripts.pairs.messages import BadRow, Messages, as_messages
 from scripts.pairs.passages import ask, questions_of
 from scripts.pairs.provenance import (
     append_to,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from scripts.pairs.formats import Messages
+from scripts.pairs.messages import Messages
 from scripts.pairs.similar import near
 from scripts.pairs.wording import breaks_off, encoding_problem, entity, script
 

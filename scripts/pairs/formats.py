@@ -11,9 +11,10 @@
 | `messages` | `messages`, `chosen`, `rejected` | axolotl's `chat_template`: the conversation, and an answer's message each |
 | `responses` | `instruction` (or `prompt`, `question`, `query`, `messages`), `chosen_response`, `rejected_response` | axolotl's `argilla`; also `response_chosen`, `response_rejected` (MedicalGPT) |
 | `llamafactory` | `chosen_messages`, `rejected_messages` | LLaMA-Factory v1: two whole conversations, text under `value` |
-| `swift` | `messages` (or `query`, `response`), `rejected_response` or `rejected_messages` | ms-swift: the last message is chosen |
+| `swift` | `messages` (or `query`, `response`), `rejected_response`, `rejected_messages` or `rejected` | ms-swift: the last message is chosen |
 | `openai` | `input`, `preferred_output`, `non_preferred_output` | OpenAI's preference files, with `input.messages` and `input.tools` |
 | `stackexchange` | `question`, `response_j`, `response_k` | `j` is the better one |
+| `compared` | a prompt, two answers, which is better | HelpSteer2 and 3, PKU-SafeRLHF, Chatbot Arena, SHP, WebGPT (`ANSWERS`, `VERDICTS`) |
 | `scored` | a prompt, `completions` (or `answers`, `responses`) with a score each | the best against the worst, if further apart than `score_margin` |
 | `unpaired` | a prompt, an answer, `label` or `kto_tag` | KTO's: one answer a row, paired by `pairs.unpaired` |
 
@@ -24,103 +25,27 @@ outlive it. See https://huggingface.co/docs/trl/dataset_formats.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trl import extract_prompt
 
-Messages = list[dict[str, str]]
+from scripts.pairs.compared import ANSWERS, COMPARED_PROMPTS, VERDICTS, from_compared
+from scripts.pairs.messages import (
+    PROMPTS,
+    BadRow,
+    Messages,
+    as_messages,
+    as_pair,
+    first_of,
+    number_in,
+    split_talks,
+    text_of,
+)
 
-ROLES = {
-    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-    "ai": "assistant", "prompter": "user",
-    "function_call": "assistant", "observation": "tool", "function": "tool",
-}  # fmt: skip
 WIDE_END = re.compile("[。？！：]")  # ends a sentence without a space after it
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-
-
-class BadRow(Exception):
-    """A row that cannot be read as a pair: the kind of its fault (a key of `checks.KINDS`), and the
-    fault in words."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind, self.detail = kind, detail
-
-
-def text_of(value: Any, what: str) -> str:
-    """`value` if it is text, also from a list of text parts; anything else is a `BadRow`."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        if any(part.get("type", "text") != "text" for part in value):
-            raise BadRow("type", f"{what} has a part that is not text")
-        value = "".join(text_of(part.get("text", part.get("value")), what) for part in value)
-    if value is None:
-        raise BadRow("missing", f"{what} is missing or null")
-    if not isinstance(value, str):
-        raise BadRow("type", f"{what} is not text but {type(value).__name__}")
-    return value
-
-
-def _name(value: Any) -> str:
-    """What a value is called in a finding."""
-    return "null" if value is None else type(value).__name__
-
-
-def as_messages(value: Any, role: str, what: str) -> Messages:
-    """`value` as messages: text becomes one message of `role`, one message a list of it."""
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or (value and not any(isinstance(m, dict) for m in value)):
-        return [{"role": role, "content": text_of(value, what)}]
-    messages = []
-    for message in value:
-        if not isinstance(message, dict):
-            raise BadRow("type", f"{what} has {_name(message)} among its messages")
-        speaker = message.get("role", message.get("from"))
-        if not isinstance(speaker, str):
-            raise BadRow("roles", f"{what} has a message without a role")
-        speaker = speaker.strip().lower()
-        content = message.get("content", message.get("value"))
-        kept = {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
-        if calls := content if speaker == "function_call" else _calls_of(message):
-            kept["tool_calls"] = _tool_calls(calls, what)
-            content = "" if speaker == "function_call" else content or ""
-        content = text_of(content, f"{what}'s content")
-        messages.append({"role": ROLES.get(speaker, speaker), "content": content} | kept)
-    return messages
-
-
-def _calls_of(message: dict) -> Any:
-    """The tool calls of a message, also the single one that OpenAI's older files have."""
-    return message.get("tool_calls") or message.get("function_call")
-
-
-def _tool_calls(calls: Any, what: str) -> list[dict]:
-    """The tool calls of a message as chat templates read them: `{"type", "function": {"name",
-    "arguments"}}`, the arguments as an object. JSON text and a call without its wrapping do."""
-    wrong = BadRow("type", f"{what} has tool calls that are no list of name and arguments")
-    try:
-        calls = json.loads(calls) if isinstance(calls, str) else calls
-        made = []
-        for call in calls if isinstance(calls, list) else [calls]:
-            function = dict(call.get("function") or call)
-            if isinstance(function.get("arguments"), str):
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-            if not isinstance(function.get("name"), str):
-                raise wrong
-            about = {"name": function["name"], "arguments": function.get("arguments") or {}}
-            made.append({k: call[k] for k in ("id",) if call.get(k)} | {"type": "function",
-                         "function": about})  # fmt: skip
-    except (ValueError, TypeError, AttributeError):
-        raise wrong from None
-    return made
-
-
-def _pair(prompt: Messages, chosen: Messages, rejected: Messages) -> dict[str, Messages]:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _answers(row: dict) -> tuple[Messages, Messages]:
@@ -130,22 +55,12 @@ def _answers(row: dict) -> tuple[Messages, Messages]:
     return chosen, rejected
 
 
-def _split(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
-    """The pair in two whole conversations: the prompt is the turns that they begin with alike."""
-    if min(len(chosen), len(rejected)) < 2:
-        raise BadRow("roles", "the answers hold no prompt, and there is no prompt column")
-    pair = extract_prompt({"chosen": chosen, "rejected": rejected})
-    if not pair["prompt"]:
-        raise BadRow("roles", "chosen and rejected are conversations that begin differently")
-    return _pair(pair["prompt"], pair["chosen"], pair["rejected"])
-
-
 def from_explicit(row: dict, column: str = "prompt") -> dict[str, Messages]:
     """TRL's explicit prompt. Answers that repeat the prompt's turns hold the conversation."""
     chosen, rejected = _answers(row)
     if all(len(a) > 1 and a[0]["role"] in ("system", "user") for a in (chosen, rejected)):
-        return _split(chosen, rejected)
-    return _pair(as_messages(row.get(column), "user", column), chosen, rejected)
+        return split_talks(chosen, rejected)
+    return as_pair(as_messages(row.get(column), "user", column), chosen, rejected)
 
 
 def _prompt_size(chosen: str, rejected: str) -> int:
@@ -170,13 +85,13 @@ def from_implicit(row: dict) -> dict[str, Messages]:
     """TRL's implicit prompt: what `chosen` and `rejected` begin with alike (`_prompt_size`)."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return _split(*_answers(row))
+        return split_talks(*_answers(row))
     if not chosen or not rejected:
         raise BadRow("empty", f"{'rejected' if chosen else 'chosen'} is empty")
     size = _prompt_size(chosen, rejected)
     if not chosen[:size].strip():
         raise BadRow("missing", "chosen and rejected begin with no common prompt of whole words")
-    return _pair(
+    return as_pair(
         [{"role": "user", "content": chosen[:size].strip()}],
         [{"role": "assistant", "content": chosen[size:].lstrip()}],
         [{"role": "assistant", "content": rejected[size:].lstrip()}],
@@ -196,7 +111,7 @@ def _turns(transcript: Any, what: str) -> Messages:
 
 def from_hh(row: dict) -> dict[str, Messages]:
     """Anthropic HH: either column is the whole talk, as one string."""
-    return _split(_turns(row.get("chosen"), "chosen"), _turns(row.get("rejected"), "rejected"))
+    return split_talks(_turns(row.get("chosen"), "chosen"), _turns(row.get("rejected"), "rejected"))
 
 
 def from_orca(row: dict) -> dict[str, Messages]:
@@ -236,7 +151,7 @@ def from_alpaca(row: dict) -> dict[str, Messages]:
     question = text_of(row.get("instruction"), "instruction")
     if row.get("input"):
         question = f"{question}\n\n{text_of(row['input'], 'input')}"
-    return _pair([*earlier, {"role": "user", "content": question}], *_answers(row))
+    return as_pair([*earlier, {"role": "user", "content": question}], *_answers(row))
 
 
 def from_messages(row: dict, column: str = "messages") -> dict[str, Messages]:
@@ -247,22 +162,13 @@ def from_messages(row: dict, column: str = "messages") -> dict[str, Messages]:
     return pair
 
 
-# What other tools call the prompt of a row, and where they put a conversation.
-PROMPTS = "instruction|prompt|question|query|messages|conversations"
+# What other tools call an answer.
 CHOSEN, REJECTED = "chosen_response|response_chosen", "rejected_response|response_rejected"
-
-
-def _first(row: dict, names: str) -> tuple[str, Any]:
-    """The first of the columns `names` that is not null, with its value."""
-    found = [name for name in names.split("|") if row.get(name) is not None]
-    if not found:
-        raise BadRow("missing", f"{names.replace('|', ' or ')} is missing or null")
-    return found[0], row[found[0]]
 
 
 def _asked(row: dict) -> Messages:
     """The prompt of a row, whatever its column is called, with `input` and `history`."""
-    name, value = _first(row, PROMPTS)
+    name, value = first_of(row, PROMPTS)
     if isinstance(value, str):
         return from_alpaca(row | {"instruction": value, "chosen": "", "rejected": ""})["prompt"]
     return as_messages(value, "user", name)
@@ -270,14 +176,14 @@ def _asked(row: dict) -> Messages:
 
 def from_responses(row: dict) -> dict[str, Messages]:
     """axolotl's `argilla` and its like: the answers are called responses."""
-    answers = [as_messages(_first(row, c)[1], "assistant", c) for c in (CHOSEN, REJECTED)]
-    return _pair(_asked(row), *answers)
+    answers = [as_messages(first_of(row, c)[1], "assistant", c) for c in (CHOSEN, REJECTED)]
+    return as_pair(_asked(row), *answers)
 
 
 def from_llamafactory(row: dict) -> dict[str, Messages]:
     """LLaMA-Factory v1: `chosen_messages` and `rejected_messages` are whole conversations."""
     names = ("chosen_messages", "rejected_messages")
-    return _split(*(as_messages(row.get(name), "user", name) for name in names))
+    return split_talks(*(as_messages(row.get(name), "user", name) for name in names))
 
 
 def _last_turn(talk: Messages, what: str) -> tuple[Messages, Messages]:
@@ -294,11 +200,11 @@ def from_swift(row: dict) -> dict[str, Messages]:
     else:
         talk = as_messages(row["messages"], "user", "messages")
         prompt, chosen = _last_turn(talk, "messages")
-    name, value = _first(row, "rejected_response|rejected_messages")
+    name, value = first_of(row, "rejected_response|rejected_messages|rejected")
     rejected = as_messages(value, "assistant", name)
     if len(rejected) > 1:
-        return _split([*prompt, *chosen], rejected)
-    return _pair(prompt, chosen, rejected)
+        return split_talks([*prompt, *chosen], rejected)
+    return as_pair(prompt, chosen, rejected)
 
 
 def from_openai(row: dict) -> dict[str, Any]:
@@ -310,7 +216,7 @@ def from_openai(row: dict) -> dict[str, Any]:
         as_messages(row.get(name), "assistant", name)
         for name in ("preferred_output", "non_preferred_output")
     ]
-    pair = _pair(as_messages(asked.get("messages"), "user", "input.messages"), *outputs)
+    pair = as_pair(as_messages(asked.get("messages"), "user", "input.messages"), *outputs)
     return pair | ({"tools": _tools(asked["tools"])} if asked.get("tools") else {})
 
 
@@ -324,31 +230,21 @@ ANSWER_TEXTS = "response|text|answer|content|completion|output"
 SCORES = "score|overall_score|pm_score|reward|rating"
 
 
-def _number(value: Any, what: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number) or isinstance(value, bool):
-        raise BadRow("type", f"{what} is not a number but {value!r}")
-    return number
-
-
 def _scored(row: dict) -> list[tuple[float, Any]]:
     """The answers of a row, each with its score: beside the text, or in a list of its own. A `rank`
     counts from the best."""
-    name, answers = _first(row, CANDIDATES)
+    name, answers = first_of(row, CANDIDATES)
     if not isinstance(answers, list):
         raise BadRow("type", f"{name} is not a list but {type(answers).__name__}")
     if answers and all(isinstance(a, dict) for a in answers):
-        ranks = [-_number(a["rank"], "rank") for a in answers if a.get("rank") is not None]
+        ranks = [-number_in(a["rank"], "rank") for a in answers if a.get("rank") is not None]
         if len(ranks) < len(answers):
-            ranks = [_number(_first(a, SCORES)[1], f"a score in {name}") for a in answers]
-        return list(zip(ranks, (_first(a, ANSWER_TEXTS)[1] for a in answers), strict=True))
-    column, scores = _first(row, "scores|rewards|ratings")
+            ranks = [number_in(first_of(a, SCORES)[1], f"a score in {name}") for a in answers]
+        return list(zip(ranks, (first_of(a, ANSWER_TEXTS)[1] for a in answers), strict=True))
+    column, scores = first_of(row, "scores|rewards|ratings")
     if not isinstance(scores, list) or len(scores) != len(answers):
         raise BadRow("type", f"{column} is not a list of one number for each of {name}")
-    return [(_number(s, column), a) for s, a in zip(scores, answers, strict=True)]
+    return [(number_in(s, column), a) for s, a in zip(scores, answers, strict=True)]
 
 
 def from_scored(row: dict, margin: float = 0.0) -> dict[str, Messages]:
@@ -366,20 +262,20 @@ def from_scored(row: dict, margin: float = 0.0) -> dict[str, Messages]:
             "(score_margin) apart",
         )
     answers = (as_messages(answer, "assistant", "an answer") for _, answer in (best, worst))
-    return _pair(_asked(row), *answers)
+    return as_pair(_asked(row), *answers)
 
 
 def judged(row: dict) -> tuple[Messages, Messages, bool]:
     """The prompt, the answer and the label of a row of unpaired data."""
-    name, label = _first(row, "label|kto_tag")
+    name, label = first_of(row, "label|kto_tag")
     good = LABELS.get(str(label).strip().lower())
     if good is None:
         raise BadRow("type", f"{name} is {label!r}, neither true nor false")
     answers = "completion|response|output|answer"
     if any(row.get(column) is not None for column in answers.split("|")):
-        column, answer = _first(row, answers)
+        column, answer = first_of(row, answers)
         return _asked(row), as_messages(answer, "assistant", column), good
-    return *_last_turn(_asked(row), _first(row, PROMPTS)[0]), good
+    return *_last_turn(_asked(row), first_of(row, PROMPTS)[0]), good
 
 
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -419,10 +315,21 @@ FORMATS: dict[str, Format] = {
     "responses": Format((PROMPTS, CHOSEN, REJECTED), from_responses, TALK),
     "llamafactory": Format(("chosen_messages", "rejected_messages"), from_llamafactory),
     "swift": Format(
-        ("messages|query", "rejected_response|rejected_messages"), from_swift, ("response", *TALK)
+        ("messages|query", "rejected_response|rejected_messages|rejected"),
+        from_swift,
+        ("response", *TALK),
     ),
     "openai": Format(("input", "preferred_output", "non_preferred_output"), from_openai),
     "stackexchange": Format(("question", "response_j", "response_k"), from_stackexchange),
+    "compared": Format(
+        (
+            "|".join(first for first, _ in ANSWERS),
+            "|".join(second for _, second in ANSWERS),
+            "|".join(VERDICTS),
+        ),
+        from_compared,
+        (*COMPARED_PROMPTS.split("|"), "winner_model_b", "winner_tie", "score_1"),
+    ),
     "scored": Format((PROMPTS, CANDIDATES), from_scored, ("scores", "rewards", "ratings", *TALK)),
     "unpaired": Format(
         (PROMPTS, "label|kto_tag"),
@@ -443,8 +350,9 @@ def fits(name: str, columns: set[str]) -> bool:
 def detect(columns: set[str], sample: list[dict]) -> str | None:
     """The name of the format that `columns` and the first rows fit, or None.
 
-    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts. `scored`
-    and `unpaired` are told by what the rows hold, too: other data has answers and labels as well.
+    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts. `compared`,
+    `scored` and `unpaired` are told by what the rows hold, too: other data has answers and labels
+    as well.
     """
     names = [
         name
@@ -492,7 +400,11 @@ def _readable(read: Callable[[dict], Any]) -> Callable[[dict], bool]:
     return takes
 
 
-HOLDS = {"scored": _holds_scores, "unpaired": _holds_labels}
+def _holds_verdicts(columns: set[str], sample: list[dict]) -> bool:
+    return not columns & {"chosen", "rejected"} and any(map(_readable(from_compared), sample))
+
+
+HOLDS = {"compared": _holds_verdicts, "scored": _holds_scores, "unpaired": _holds_labels}
 
 
 def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:

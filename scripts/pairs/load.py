@@ -28,7 +28,8 @@ from scripts.pairs.checks import (
     token_problems,
     tool_problems,
 )
-from scripts.pairs.formats import FORMATS, HOLDS, BadRow, detect, fits, further_columns, to_pair
+from scripts.pairs.formats import FORMATS, HOLDS, detect, fits, further_columns, to_pair
+from scripts.pairs.messages import BadRow
 from scripts.pairs.report import WIDTH, Z, covering_length
 from scripts.pairs.sources import DataError, Row, named_splits, read_source
 from scripts.pairs.tokens import end_tokens, tokenize_pairs

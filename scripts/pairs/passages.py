@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from scripts.config import RecipeError
-from scripts.pairs.formats import Messages
+from scripts.pairs.messages import Messages
 
 KEYS = ("question", "answerable", "accept", "wrong")
 

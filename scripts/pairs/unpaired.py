@@ -10,7 +10,8 @@ import json
 from collections import defaultdict
 
 from scripts.pairs.files import DataError, Row
-from scripts.pairs.formats import BadRow, judged
+from scripts.pairs.formats import judged
+from scripts.pairs.messages import BadRow
 
 
 def pair_up(rows: list[Row]) -> list[Row]:
