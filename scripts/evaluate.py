@@ -241,10 +241,13 @@ def _ask_baselines(trainer: DPOTrainer, cfg: Config, probe: Probe, frame: pd.Dat
     ]
     with reference(trainer) as model:
         _add_measures(
-            frame, "asked", _generate(trainer, cfg, model, asked, probe.options, "asked"), probe
+            frame,
+            "asked",
+            _generate(trainer, cfg, model, asked, probe.options, BASELINES["asked"]),
+            probe,
         )
         unrepeated = _generate(
-            trainer, cfg, model, probe.prompts, probe.options, "unrepeated", unrepeated=4
+            trainer, cfg, model, probe.prompts, probe.options, BASELINES["unrepeated"], unrepeated=4
         )
     _add_measures(frame, "unrepeated", unrepeated, probe)
     cut = []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -16,9 +19,12 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from scripts.monitoring.progress import Progress
 from scripts.pairs.tokens import end_tokens, tokenize_prompts
+
+EVERY = 16  # tokens after which replies that have ended leave the batch
 
 
 @dataclass
@@ -78,6 +84,49 @@ class Counted(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+def _can_shrink(cache: object) -> bool:
+    """Whether rows can be taken out of what a model remembers of its batch."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
+
+
+def _generate(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], config: GenerationConfig, **more: list
+) -> list[list[int]]:
+    """The tokens after each row of `inputs`, greedy: those that have ended leave the batch every
+    few tokens, so that one long reply does not have the others computed along with it.
+
+    A model whose memory of the batch cannot be shrunk (recurrent layers) generates in one go.
+    """
+    ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
+    asked, most = ids.shape[1], config.max_new_tokens
+    stops = torch.tensor(config.eos_token_id, device=ids.device)
+    rows, replies = torch.arange(len(ids)), [[] for _ in ids]
+    config = copy.copy(config)
+    config.return_dict_in_generate = True
+    while len(rows):
+        config.max_new_tokens = min(EVERY, most - ids.shape[1] + asked)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache,
+            generation_config=config, **more,
+        )  # fmt: skip
+        if not _can_shrink(cache := output.past_key_values):
+            config.max_new_tokens, config.return_dict_in_generate = most, False
+            whole = model.generate(**inputs, generation_config=config, **more)
+            return whole[:, asked:].tolist()
+        for row, reply in zip(rows.tolist(), output.sequences[:, asked:].tolist(), strict=True):
+            replies[row] = reply
+        ended = torch.isin(output.sequences[:, asked:], stops).any(1)
+        if output.sequences.shape[1] - asked >= most:
+            break
+        left = (~ended).nonzero()[:, 0]
+        cache.batch_select_indices(left)
+        new = output.sequences.shape[1] - ids.shape[1]
+        ids, mask = output.sequences[left], pad(mask, (0, new), value=1)[left]
+        rows = rows[left.cpu()]
+    return replies
+
+
 @torch.no_grad()
 def generate_replies(
     model: PreTrainedModel,
@@ -121,7 +170,7 @@ def generate_replies(
         """`part` of the batch that is under way is through."""
         if label:
             text = f"{label}: {len(replies)}/{len(rows)} replies, {bar.seconds:.0f} s"
-            bar.show(len(replies) + part, text, line=not part)
+            bar.show(min(len(replies) + part, len(rows)), text, line=not part)
 
     model.eval()
     for at in range(0, len(order), batch_size):
@@ -132,11 +181,15 @@ def generate_replies(
         asked = inputs["input_ids"].shape[1]
         rules = LogitsProcessorList([Unrepeated(unrepeated, asked)] if unrepeated else [])
         count = StoppingCriteriaList([Counted(len(batch) / max_new_tokens, tell)])
+        more = {"logits_processor": rules, "stopping_criteria": count}
         with whole_rows_for_the_head(model):
-            output = model.generate(
-                **inputs, generation_config=config, logits_processor=rules, stopping_criteria=count
-            )
-        for i, ids in zip(batch, output[:, asked:].tolist(), strict=True):
+            if drawn:  # all rows to the end: who has ended does not change what the others draw
+                output = model.generate(**inputs, generation_config=config, **more)[
+                    :, asked:
+                ].tolist()
+            else:
+                output = _generate(model, inputs, config, **more)
+        for i, ids in zip(batch, output, strict=True):
             end = next((n for n, token in enumerate(ids) if token in stops), None)
             ids = ids if end is None else ids[: end + 1]
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -14,9 +14,18 @@ import torch
 from conftest import PAIRS, explicit, token_rows, write_jsonl
 from datasets import Dataset
 from huggingface_hub import constants
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+)
 
+from scripts import generation
 from scripts.data import load_preferences
 from scripts.evaluate import (
     BASELINES,
@@ -209,6 +218,61 @@ def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
     model.generation_config.eos_token_id = [5, 0]  # every logit ties; greedy takes the first: 0
     ended = generate_replies(model, tokenizer, prompts, batch_size=3, **kwargs)
     assert all(r.finished and r.ids == [0] and r.length == 0 for r in ended)
+
+
+SMALL = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
+FAMILIES = {
+    "llama": (LlamaConfig(**GROUPED), True),
+    "sliding window": (MistralConfig(**GROUPED, sliding_window=6), True),
+    "learned positions": (GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4), True),
+    "recurrent": (MambaConfig(vocab_size=80, hidden_size=32, num_hidden_layers=2), False),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_replies_that_have_ended_leave_the_batch_and_change_no_other(name, monkeypatch):
+    """Against every row alone and in one go; ends are spread by letting many tokens end a reply."""
+    config, shrinks = FAMILIES[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # so that replies differ
+    drawn = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(8, 80, (n,), generator=drawn) for n in (9, 4, 7, 12, 5, 9, 3, 8)]
+    longest = max(map(len, prompts))
+    left = [(longest - len(prompt), 0) for prompt in prompts]
+    padded = {
+        "input_ids": torch.stack([pad(p, by) for p, by in zip(prompts, left, strict=True)]),
+        "attention_mask": torch.stack(
+            [pad(torch.ones_like(p), by) for p, by in zip(prompts, left, strict=True)]
+        ),
+    }
+
+    def settings(stops=(1,)):
+        return GenerationConfig(
+            max_new_tokens=30, do_sample=False, eos_token_id=list(stops), pad_token_id=0
+        )
+
+    if name == "recurrent":  # which has no mask for padding: against the batch in one go
+        alone = model.generate(**padded, generation_config=settings())[:, longest:].tolist()
+    else:
+        alone = [
+            model.generate(prompt[None], generation_config=settings())[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+    stops = {1, alone[0][2], alone[1][13]}  # two of the tokens that the model says
+    expected = [
+        ids[: next((n + 1 for n, i in enumerate(ids) if i in stops), len(ids))] for ids in alone
+    ]
+    assert len({len(ids) for ids in expected}) > 2  # some end early, some late
+    batches = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: batches.append(len(x[0])))
+    monkeypatch.setattr(generation, "EVERY", 4)
+    found = generation._generate(model, padded, settings(stops))
+    assert [ids[: len(e)] for ids, e in zip(found, expected, strict=True)] == expected
+    assert all(set(ids[len(e) :]) <= {0} for ids, e in zip(found, expected, strict=True))
+    assert (min(batches) < len(prompts)) == shrinks
 
 
 def test_an_untrained_adapter_changes_nothing(tiny_run):

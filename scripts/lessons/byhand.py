@@ -158,4 +158,5 @@ def against_trl(
         "margin": hand.margin,
         "loss": hand.total(types, weights),
     }
-    return {name: (value.item(), trl[name]) for name, value in mine.items()}
+    told = {"loss": f"loss ({' + '.join(types)})"} if len(types) > 1 else {}
+    return {told.get(name, name): (value.item(), trl[name]) for name, value in mine.items()}

@@ -275,10 +275,13 @@ def displacement_in_words(results: dict) -> str:
     for name in ("alone", "sft", "sft_fifth"):
         arm = results["arms"][name]
         chosen, rejected = (np.array(arm["held_out"][side]) for side in SIDES)
-        went = "rose" if chosen.mean() > 0 else "fell"
+        went, also = (
+            f"{'rose' if side.mean() > 0 else 'fell'} by {abs(side.mean()):.1f}"
+            for side in (chosen, rejected)
+        )
         lines.append(
-            f"{arm['title']}: held-out chosen answers {went} by {abs(chosen.mean()):.1f} nats "
-            f"({(chosen < 0).mean():.0%} of them fell), rejected by {rejected.mean():+.1f}; "
+            f"{arm['title']}: held-out chosen answers {went} nats "
+            f"({(chosen < 0).mean():.0%} of them fell), rejected ones {also}; "
             f"{(chosen > rejected).mean():.0%} of the pairs right"
         )
     return "\n".join(lines)
@@ -300,7 +303,7 @@ def length_in_words(results: dict) -> str:
 def table(results: dict) -> pd.DataFrame:
     """The arms of `lessons.json` beside the model before training, one row each."""
     rows = {"before training": {"replies (tokens)": results["base"]["length"],
-                                "right replies": results["base"]["right"]}}  # fmt: skip
+                                "key facts": results["base"]["right"]}}  # fmt: skip
     for arm in results["arms"].values():
         held = arm["held_out"]
         rows[arm["title"]] = {
@@ -308,7 +311,7 @@ def table(results: dict) -> pd.DataFrame:
             "rejected (nats)": np.mean(held["rejected"]),
             **{f"accuracy, {name}": value for name, value in held["accuracy"].items()},
             "replies (tokens)": arm["replies"]["length"],
-            "right replies": arm["replies"]["right"],
+            "key facts": arm["replies"]["right"],
         }
     frame = pd.DataFrame(rows).T.astype(float)
     first = list(rows[next(iter(results["arms"].values()))["title"]])

@@ -230,7 +230,7 @@ def spectrum(updates: dict[str, np.ndarray]) -> Figure:
             axis.plot(np.arange(1, len(values) + 1), values / max(values.max(), 1e-30),
                       color=PALETTE[i], marker="oDv^sPX"[i % 7], label=name)  # fmt: skip
         axis.set(xlabel="direction", ylabel="singular value / largest", ylim=(0, 1.05))
-        axis.set_title("what LoRA learned: a few directions carry most of it", loc="left")
+        axis.set_title("what LoRA learned, direction by direction", loc="left")
         axis.legend()
     told = ", ".join(f"{n}: the last is {v[-1] / max(v[0], 1e-30):.2f}" for n, v in updates.items())
     return described(figure, f"Singular values of learned updates fall from 1. {told}.")
