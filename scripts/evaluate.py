@@ -98,6 +98,7 @@ def pair_logps(
     shape (pairs,), in the rows' order: `ref_chosen`, `ref_rejected` and, with `policy`, `chosen`
     and `rejected`.
     """
+    free_memory()
     model, size = trainer.model, trainer.args.per_device_eval_batch_size
     collate = replace(trainer.data_collator, max_length=max_length)
     # Rows of like length together: less padding. The order is undone at the end.
@@ -166,7 +167,6 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
         AdapterError: `trainer` was built from another config than `cfg`.
     """
     refuse_stale(trainer, cfg)
-    free_memory()  # what training has let go of; of other sizes, it would lie beside what follows
     restore_reference(trainer, cfg)
     probe = main_probe(cfg, test)
     frame, replies = _ask_both(trainer, cfg, probe)
@@ -218,6 +218,7 @@ def _generate(
     trainer: DPOTrainer, cfg: Config, model: PreTrainedModel, prompts: list, options: list | None,
     label: str, **decoding: float,
 ) -> list[Reply]:  # fmt: skip
+    free_memory()  # what went before let go of blocks of other sizes, which would lie beside these
     return generate_replies(
         model, trainer.processing_class, prompts, options=options, label=label,
         max_new_tokens=cfg.recipe.max_new_tokens, batch_size=cfg.recipe.generation_batch_size,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
 from scripts import export
-from scripts.cli import ROOT, parse
+from scripts.cli import ROOT, RecipeError, parse
 from scripts.config import load_config
 from scripts.model import load_tokenizer, resolve_model
 from scripts.plan import report
@@ -127,6 +127,20 @@ def test_what_is_short_is_told_before_anything_is_done(
     with pytest.raises(RoomError, match=told):
         export.main(parse("export", ["--config", str(cfg.run_dir / "config.yaml")]))
     assert sorted(path.name for path in cfg.run_dir.iterdir()) == ["adapter", "config.yaml"]
+
+
+def test_a_gguf_file_without_room_is_refused_and_files_for_servers_need_none(tiny_cfg, monkeypatch):
+    cfg = tiny_cfg()
+    (cfg.run_dir / "adapter").mkdir(parents=True)
+    cfg.save(cfg.run_dir / "config.yaml")
+    monkeypatch.setattr(export, "require_tools", lambda: None)  # in an environment of its own
+    monkeypatch.setattr(exports.shutil, "disk_usage", lambda path: Free(0, 1))
+    config = ["--config", str(cfg.run_dir / "config.yaml")]
+    for kinds, told in ((["q6_k"], "q6_k"), (["q8_0", "f16"], "q8_0")):
+        with pytest.raises(RoomError, match=rf"a GGUF file in {told} needs .* GB on the disk"):
+            export.main(parse("export", ["gguf", *config, "--types", *kinds]))
+    with pytest.raises(RecipeError, match=r"there is no .*merged"):  # and not for want of room
+        export.main(parse("export", ["serve-files", *config]))
 
 
 def test_an_8b_is_not_merged_on_a_small_machine(llama, tmp_path):

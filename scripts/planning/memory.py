@@ -402,14 +402,18 @@ def _evaluation(cfg: Config, sizes: ModelSizes, lengths: tuple[int, int, int]) -
     """Bytes that evaluating takes besides what is stored: replies are generated, pairs scored.
 
     Both go one after the other, so that the larger counts. Generating takes the logits of the last
-    token only, once more in float32, and writes `max_new_tokens` after each prompt.
+    token only, once more in float32, and writes `max_new_tokens` after each prompt. A prompt can be
+    as long as a pair: questions on texts are no pairs, and may have no answer to leave room for.
     """
     replies, word = cfg.recipe.generation_batch_size, weight_bytes(cfg)
     tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_eval_batch_size)
-    generating = passing_bytes(sizes, replies * lengths[0])
+    longest = lengths[0] + max(lengths[1:])
+    generating = passing_bytes(sizes, replies * longest)
+    if sizes.rank:  # PEFT takes a layer's input, and gives its output, in the adapter's float32
+        generating += 4 * replies * longest * (sizes.width + 2 * sizes.mlp_width)
     last = replies * sizes.vocabulary * (word + 4)
     return {
-        "KV cache": cache_bytes(sizes, replies, lengths[0] + cfg.recipe.max_new_tokens, word),
+        "KV cache": cache_bytes(sizes, replies, longest + cfg.recipe.max_new_tokens, word),
         "activations": max(generating, passing_bytes(sizes, tokens)),
         "logits chunk": max(last, head_bytes(sizes, answers)),
     }
