@@ -1,5 +1,6 @@
 """Cells that are run again, out of order, or after a value was changed."""
 
+import json
 import os
 import signal
 
@@ -64,6 +65,21 @@ def test_an_interrupted_training_goes_on_in_the_same_trainer(tiny_run, tmp_path,
         line.split(",")[0] for line in (cfg.run_dir / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps[:5] == [f'{{"step": {number}' for number in range(1, 6)]
+
+
+def test_a_run_that_goes_on_saves_and_logs_as_its_config_says_now(tiny_run):
+    trainer, cfg = tiny_run(max_steps=6, save_steps=6, save_total_limit=9)
+    trainer.add_callback(Interrupt(2))
+    with pytest.raises(Stopped):
+        trainer.train()
+    kept = str(cfg.run_dir / "checkpoint-2")
+    trainer, _ = tiny_run(
+        max_steps=6, save_steps=3, save_total_limit=9, logging_steps=2, resume_from_checkpoint=kept
+    )
+    trainer.train(resume_from_checkpoint=kept)
+    assert (cfg.run_dir / "checkpoint-3").is_dir()
+    rows = map(json.loads, (cfg.run_dir / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4, 6]
 
 
 def test_a_broken_off_training_without_a_checkpoint_is_not_gone_on_with(tiny_run, monkeypatch):

@@ -21,6 +21,7 @@ def test_the_promised_configs_are_there():
     assert {path.stem for path in CONFIGS} >= {
         "llama3-8b-a100",
         "llama3-8b-a100-short",
+        "llama3-8b-a100-40gb-short",
         "llama3-8b-24gb",
         "llama3-8b-a100-rank416",
         "llama3-8b-a100-grounded",
@@ -53,6 +54,20 @@ def test_short_and_full_a100_runs_differ_only_in_how_much_is_trained():
         "eval_prompts", "output_dir",
     }  # fmt: skip
     assert (short["train_samples"], short["max_steps"]) == (150, 50)
+
+
+def test_on_40_gb_the_short_run_has_the_same_steps():
+    short, forty = (
+        load_config(f"configs/llama3-8b-a100-{name}.yaml", {"use_cpu": True}).given
+        for name in ("short", "40gb-short")
+    )
+    differing = {k for k in short | forty if short.get(k) != forty.get(k)}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert differing == batch | {"output_dir"}
+    assert (
+        len({short[a] * short[b] for a, b in [batch]} | {forty[a] * forty[b] for a, b in [batch]})
+        == 1
+    )
 
 
 def test_unknown_key_names_the_nearest(tmp_path):

@@ -340,7 +340,10 @@ def test_replies_that_do_not_fit_are_generated_fewer_at_a_time(llama):
 
 
 def test_the_configs_leave_a_fifth_of_the_gpu_that_they_are_for(llama, llama_416):
-    for config, name in ((A100, "A100-80"), (RANK_416, "A100-80"), (SMALL_GPU, "L4")):
+    forty = "configs/llama3-8b-a100-40gb-short.yaml"
+    for config, name in (
+        (A100, "A100-80"), (RANK_416, "A100-80"), (SMALL_GPU, "L4"), (forty, "A100-40")
+    ):  # fmt: skip
         sizes = llama_416 if config == RANK_416 else llama
         most = memory_table(planned(config), sizes).loc["peak"].max()
         assert most < 0.8 * gpus()[name]["memory_gb"], config

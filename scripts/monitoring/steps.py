@@ -27,6 +27,8 @@ class RunLog(TrainerCallback):
         self._figure = self._bar = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # transformers takes the intervals that a checkpoint holds; the config's hold.
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero:
             # A resumed run takes the log that its checkpoint holds: the file may have later steps,
             # half a line, or none. The summaries of earlier endings are left out.

@@ -39,7 +39,7 @@ def before_after(figures: dict, frame: pd.DataFrame) -> Figure:
             names = ("finished", "facts", "repeated")
         names = [name for name in names if name in figures["measures"]]
         titles = {
-            "exact": "right, and\nnothing else", "first": "in the first\nsentence",
+            "exact": "right, nothing\nwrong beside", "first": "in the first\nsentence",
             "mentioned": "mentioned", "finished": "finish", "facts": "key facts",
             "repeated": "repeated\n4-grams",
         }  # fmt: skip
