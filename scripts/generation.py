@@ -84,10 +84,27 @@ class Counted(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
+# Settings of a model that count from where `generate` was called, or that ask for another cache.
+FROM_THE_CALL = (
+    "forced_eos_token_id", "min_new_tokens", "begin_suppress_tokens", "max_time",
+    "exponential_decay_length_penalty", "guidance_scale", "cache_implementation",
+)  # fmt: skip
+
+
 def _can_shrink(cache: object) -> bool:
     """Whether rows can be taken out of what a model remembers of its batch."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
+
+
+def _in_parts(model: PreTrainedModel) -> bool:
+    """Whether `model` may generate a few tokens at a time, with fewer rows each time."""
+    text = model.config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    # These two stretch all positions by the longest row of the batch.
+    stretched = any(f"'{kind}'" in str(rope) for kind in ("longrope", "dynamic"))
+    own = any(getattr(model.generation_config, name, None) for name in FROM_THE_CALL)
+    return not own and not stretched and _can_shrink(DynamicCache(config=text))
 
 
 def _generate(
@@ -96,34 +113,36 @@ def _generate(
     """The tokens after each row of `inputs`, greedy: those that have ended leave the batch every
     few tokens, so that one long reply does not have the others computed along with it.
 
-    A model whose memory of the batch cannot be shrunk (recurrent layers) generates in one go.
+    A model of which that would make another reply, or that cannot do it (recurrent layers),
+    generates in one go.
     """
     ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], None
     asked, most = ids.shape[1], config.max_new_tokens
     stops = torch.tensor(config.eos_token_id, device=ids.device)
     rows, replies = torch.arange(len(ids)), [[] for _ in ids]
-    config = copy.copy(config)
+    config, parts = copy.copy(config), _in_parts(model)
     config.return_dict_in_generate = True
     while len(rows):
-        config.max_new_tokens = min(EVERY, most - ids.shape[1] + asked)
+        if parts:
+            config.max_new_tokens = min(EVERY, most - ids.shape[1] + asked)
         output = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache,
-            generation_config=config, **more,
+            input_ids=ids, attention_mask=mask, generation_config=config,
+            **more, **({} if cache is None else {"past_key_values": cache}),
         )  # fmt: skip
-        if not _can_shrink(cache := output.past_key_values):
-            config.max_new_tokens, config.return_dict_in_generate = most, False
-            whole = model.generate(**inputs, generation_config=config, **more)
-            return whole[:, asked:].tolist()
+        if parts and not (_can_shrink(output.past_key_values) and output.past_key_values.layers):
+            parts, config.max_new_tokens = False, most  # the config did not tell: once more, whole
+            continue
         for row, reply in zip(rows.tolist(), output.sequences[:, asked:].tolist(), strict=True):
             replies[row] = reply
-        ended = torch.isin(output.sequences[:, asked:], stops).any(1)
-        if output.sequences.shape[1] - asked >= most:
+        if output.sequences.shape[1] - asked >= most or not parts:
             break
-        left = (~ended).nonzero()[:, 0]
+        cache = output.past_key_values
+        ended = torch.isin(output.sequences[:, asked:], stops).any(1)
+        left = (~ended).nonzero()[:, 0].cpu()
         cache.batch_select_indices(left)
         new = output.sequences.shape[1] - ids.shape[1]
         ids, mask = output.sequences[left], pad(mask, (0, new), value=1)[left]
-        rows = rows[left.cpu()]
+        rows = rows[left]
     return replies
 
 

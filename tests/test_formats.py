@@ -12,7 +12,7 @@ from scripts.config import parse_overrides
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
 from scripts.pairs.files import read_file
-from scripts.pairs.formats import further_columns, to_pair
+from scripts.pairs.formats import detect, further_columns, to_pair
 from scripts.pairs.load import check_preferences
 from scripts.pairs.messages import BadRow
 from scripts.pairs.sources import DataError
@@ -220,6 +220,26 @@ TWINS = {
     "compared, HelpSteer2, the first": (
         {"prompt": Q, "response_1": YES, "response_2": NO, "preference_strength": -1},
         PLAIN,
+    ),
+    "compared, HelpSteer2, several turns": (
+        {
+            "prompt": f"Hello.\n<extra_id_1>Assistant\nHello! What is it?\n<extra_id_1>User\n{Q}",
+            "response_1": YES,
+            "response_2": NO,
+            "preference_strength": -3,
+        },
+        TALK,
+    ),
+    "compared, earlier turns": (
+        {
+            "prompt": Q,
+            "history": [["Hello.", "Hello! What is it?"]],
+            "system": "Be brief.",
+            "response_a": NO,
+            "response_b": YES,
+            "winner": "B",
+        },
+        TALK_WITH_SYSTEM,
     ),
     "compared, HelpSteer3": (
         {"context": TALK["prompt"], "response1": YES, "response2": NO, "overall_preference": -3},
@@ -599,6 +619,43 @@ def test_the_margin_of_scores_is_an_option(tiny_cfg, tmp_path):
 
 
 BOTH = {"prompt": Q, "response_a": YES, "response_b": NO}
+ONE_TWO = {"prompt": Q, "response_1": YES, "response_2": NO}
+ZERO_ONE = {"prompt": Q, "response_0": YES, "response_1": NO}
+
+
+# A verdict on other answers than its own, which may count otherwise; and a `rejected` of no format.
+OTHERS = {
+    "scores of three": ZERO_ONE
+    | {"response_2": "Perhaps.", "score_0": 9, "score_1": 1, "score_2": 5},
+    "labels that are numbers of answers": ZERO_ONE | {"labels": 1},
+    "numbers from one": ONE_TWO | {"better_response_id": 1},
+    "a strength without a sign": BOTH | {"preference_strength": 2, "preferred": "A"},
+    "a summary's columns": {"query": Q, "chosen": YES, "rejected": NO},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_told_for_certain_is_no_format(name):
+    assert detect(set(OTHERS[name]), [OTHERS[name]] * 3) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"query": Q, "chosen": turns(Q, YES), "rejected": turns(Q, NO)}, "implicit"),
+        ({"query": Q, "chosen": human(Q, YES), "rejected": human(Q, NO)}, "hh"),
+        ({"instruction": Q, "query": Q, "chosen": YES, "rejected": NO}, "alpaca"),
+        ({"instruction": Q, "output": YES, "rejected": NO, "messages": turns(Q)}, "alpaca"),
+        ({"query": Q, "response": YES, "rejected": NO}, "swift"),
+        (ZERO_ONE | {"response_2": "Perhaps.", "better_response_id": 0}, "compared"),
+    ],
+)
+def test_a_rejected_column_belongs_to_the_format_that_has_the_chosen_one(row, name):
+    assert detect(set(row), [row] * 3) == name
+    pair = to_pair(row, name)
+    assert (pair["prompt"][-1]["content"], pair["chosen"], pair["rejected"]) == (
+        Q, answer(YES), answer(NO)
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -643,10 +700,19 @@ BOTH = {"prompt": Q, "response_a": YES, "response_b": NO}
         ({"prompt": Q, "label": True}, "unpaired", "does not end with the assistant"),
         (BOTH | {"winner": "maybe"}, "compared", "winner is 'maybe': not model_a"),
         (BOTH | {"winner": "tie"}, "compared", "equally good"),
-        (BOTH | {"preference_strength": "much"}, "compared", "preference_strength is not a number"),
-        (BOTH | {"better_response_id": 2}, "compared", "better_response_id is 2, neither 0 nor 1"),
-        (BOTH | {"winner": None}, "compared", "winner or .* is missing or null"),
+        (
+            ONE_TWO | {"preference_strength": "much"},
+            "compared",
+            "preference_strength is not a number",
+        ),
+        (
+            ZERO_ONE | {"better_response_id": 2},
+            "compared",
+            "better_response_id is 2, neither 0 nor 1",
+        ),
+        (BOTH | {"winner": None}, "compared", "are not two answers and a verdict"),
         (BOTH | {"response_a": None, "winner": "a"}, "compared", "are not two answers"),
+        (BOTH | {"winner": "a", "context": "It rains."}, "compared", "context beside the prompt"),
     ],
 )
 def test_a_row_that_lacks_something_says_what(row, name, told):

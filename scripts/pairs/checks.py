@@ -106,8 +106,8 @@ TALK = re.compile(f"(?:{_TURN} assistant )*{_TURN}")
 INVISIBLE = re.compile("[\\s\u200b-\u200f\u2060\ufeff]+")
 MARKUP = re.compile(
     r"\[/?INST\]|<</?SYS>>|<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|endoftext|"
-    r"assistant|user|system|end)\|>|<(?:start|end)_of_turn>|^###? ?(?:Instruction|Response):|"
-    r"\n\nHuman: ",
+    r"assistant|user|system|end)\|>|<extra_id_\d+>|<(?:start|end)_of_turn>|"
+    r"^###? ?(?:Instruction|Response):|\n\nHuman: ",
     re.MULTILINE,
 )
 

@@ -31,15 +31,17 @@ from typing import Any, NamedTuple
 
 from trl import extract_prompt
 
-from scripts.pairs.compared import ANSWERS, COMPARED_PROMPTS, VERDICTS, from_compared
+from scripts.pairs.compared import COLUMNS, VERDICTS, from_compared
 from scripts.pairs.messages import (
     PROMPTS,
     BadRow,
     Messages,
     as_messages,
     as_pair,
+    asked_in,
     first_of,
     number_in,
+    question_in,
     split_talks,
     text_of,
 )
@@ -124,21 +126,6 @@ def from_sharegpt(row: dict) -> dict[str, Messages]:
     return from_messages(row, "conversations")
 
 
-def _history(earlier: Any) -> Messages:
-    """Earlier turns: pairs of question and answer, or messages."""
-    if isinstance(earlier, list) and all(isinstance(turn, dict) for turn in earlier):
-        return as_messages(earlier, "user", "history") if earlier else []
-    if not isinstance(earlier, list) or not all(
-        isinstance(turn, list | tuple) and len(turn) == 2 for turn in earlier
-    ):
-        raise BadRow("type", "history is not a list of pairs, question and answer, or of messages")
-    return [
-        {"role": role, "content": text_of(text, "history")}
-        for turn in earlier
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-
-
 def from_alpaca(row: dict) -> dict[str, Messages]:
     """Alpaca: `instruction`, perhaps `input` and earlier turns in `history`; `output` is chosen,
     or a list of chosen and rejected."""
@@ -147,11 +134,8 @@ def from_alpaca(row: dict) -> dict[str, Messages]:
         row = row | {"chosen": output[0], "rejected": output[1]}
     elif row.get("chosen") is None:
         row = row | {"chosen": output}
-    earlier = _history(row.get("history") or [])
-    question = text_of(row.get("instruction"), "instruction")
-    if row.get("input"):
-        question = f"{question}\n\n{text_of(row['input'], 'input')}"
-    return as_pair([*earlier, {"role": "user", "content": question}], *_answers(row))
+    prompt = question_in(row, row.get("instruction"))
+    return as_pair(prompt, *_answers(row))
 
 
 def from_messages(row: dict, column: str = "messages") -> dict[str, Messages]:
@@ -166,18 +150,10 @@ def from_messages(row: dict, column: str = "messages") -> dict[str, Messages]:
 CHOSEN, REJECTED = "chosen_response|response_chosen", "rejected_response|response_rejected"
 
 
-def _asked(row: dict) -> Messages:
-    """The prompt of a row, whatever its column is called, with `input` and `history`."""
-    name, value = first_of(row, PROMPTS)
-    if isinstance(value, str):
-        return from_alpaca(row | {"instruction": value, "chosen": "", "rejected": ""})["prompt"]
-    return as_messages(value, "user", name)
-
-
 def from_responses(row: dict) -> dict[str, Messages]:
     """axolotl's `argilla` and its like: the answers are called responses."""
     answers = [as_messages(first_of(row, c)[1], "assistant", c) for c in (CHOSEN, REJECTED)]
-    return as_pair(_asked(row), *answers)
+    return as_pair(asked_in(row), *answers)
 
 
 def from_llamafactory(row: dict) -> dict[str, Messages]:
@@ -196,7 +172,7 @@ def _last_turn(talk: Messages, what: str) -> tuple[Messages, Messages]:
 def from_swift(row: dict) -> dict[str, Messages]:
     """ms-swift: the last of `messages` (or `response`) is chosen; the rejected one stands apart."""
     if row.get("messages") is None:
-        prompt, chosen = _asked(row), as_messages(row.get("response"), "assistant", "response")
+        prompt, chosen = asked_in(row), as_messages(row.get("response"), "assistant", "response")
     else:
         talk = as_messages(row["messages"], "user", "messages")
         prompt, chosen = _last_turn(talk, "messages")
@@ -262,7 +238,7 @@ def from_scored(row: dict, margin: float = 0.0) -> dict[str, Messages]:
             "(score_margin) apart",
         )
     answers = (as_messages(answer, "assistant", "an answer") for _, answer in (best, worst))
-    return as_pair(_asked(row), *answers)
+    return as_pair(asked_in(row), *answers)
 
 
 def judged(row: dict) -> tuple[Messages, Messages, bool]:
@@ -274,8 +250,8 @@ def judged(row: dict) -> tuple[Messages, Messages, bool]:
     answers = "completion|response|output|answer"
     if any(row.get(column) is not None for column in answers.split("|")):
         column, answer = first_of(row, answers)
-        return _asked(row), as_messages(answer, "assistant", column), good
-    return *_last_turn(_asked(row), first_of(row, PROMPTS)[0]), good
+        return asked_in(row), as_messages(answer, "assistant", column), good
+    return *_last_turn(asked_in(row), first_of(row, PROMPTS)[0]), good
 
 
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -304,7 +280,7 @@ class Format(NamedTuple):
         return {"system", "system_prompt", *self.optional, *"|".join(self.needed).split("|")}
 
 
-TALK = ("input", "history")  # what `_asked` reads besides the prompt
+TALK = ("input", "history")  # what `asked_in` reads besides the prompt
 
 
 FORMATS: dict[str, Format] = {
@@ -322,13 +298,9 @@ FORMATS: dict[str, Format] = {
     "openai": Format(("input", "preferred_output", "non_preferred_output"), from_openai),
     "stackexchange": Format(("question", "response_j", "response_k"), from_stackexchange),
     "compared": Format(
-        (
-            "|".join(first for first, _ in ANSWERS),
-            "|".join(second for _, second in ANSWERS),
-            "|".join(VERDICTS),
-        ),
+        tuple("|".join(dict.fromkeys(names)) for names in list(zip(*VERDICTS, strict=True))[:3]),
         from_compared,
-        (*COMPARED_PROMPTS.split("|"), "winner_model_b", "winner_tie", "score_1"),
+        (*COLUMNS, *PROMPTS.split("|"), "context", *TALK),
     ),
     "scored": Format((PROMPTS, CANDIDATES), from_scored, ("scores", "rewards", "ratings", *TALK)),
     "unpaired": Format(
@@ -350,9 +322,9 @@ def fits(name: str, columns: set[str]) -> bool:
 def detect(columns: set[str], sample: list[dict]) -> str | None:
     """The name of the format that `columns` and the first rows fit, or None.
 
-    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts. `compared`,
-    `scored` and `unpaired` are told by what the rows hold, too: other data has answers and labels
-    as well.
+    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts. `swift`,
+    `compared`, `scored` and `unpaired` are told by what the rows hold, too: other data has answers
+    and labels as well.
     """
     names = [
         name
@@ -404,7 +376,19 @@ def _holds_verdicts(columns: set[str], sample: list[dict]) -> bool:
     return not columns & {"chosen", "rejected"} and any(map(_readable(from_compared), sample))
 
 
-HOLDS = {"compared": _holds_verdicts, "scored": _holds_scores, "unpaired": _holds_labels}
+def _holds_rejected(columns: set[str], sample: list[dict]) -> bool:
+    """ms-swift's own columns; or `rejected`, where nothing but the conversation has the chosen."""
+    if columns & {"rejected_response", "rejected_messages"}:
+        return True
+    return not columns & {"chosen", "output"} and any(map(_readable(from_swift), sample))
+
+
+HOLDS = {
+    "swift": _holds_rejected,
+    "compared": _holds_verdicts,
+    "scored": _holds_scores,
+    "unpaired": _holds_labels,
+}
 
 
 def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:

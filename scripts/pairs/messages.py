@@ -127,3 +127,34 @@ def number_in(value: Any, what: str) -> float:
     if not math.isfinite(number) or isinstance(value, bool):
         raise BadRow("type", f"{what} is not a number but {value!r}")
     return number
+
+
+def _history(earlier: Any) -> Messages:
+    """Earlier turns: pairs of question and answer, or messages."""
+    if isinstance(earlier, list) and all(isinstance(turn, dict) for turn in earlier):
+        return as_messages(earlier, "user", "history") if earlier else []
+    if not isinstance(earlier, list) or not all(
+        isinstance(turn, list | tuple) and len(turn) == 2 for turn in earlier
+    ):
+        raise BadRow("type", "history is not a list of pairs, question and answer, or of messages")
+    return [
+        {"role": role, "content": text_of(text, "history")}
+        for turn in earlier
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def question_in(row: dict, text: Any) -> Messages:
+    """Alpaca's prompt: earlier turns in `history`, and `text` with an `input` under it."""
+    question = text_of(text, "instruction")
+    if row.get("input"):
+        question = f"{question}\n\n{text_of(row['input'], 'input')}"
+    return [*_history(row.get("history") or []), {"role": "user", "content": question}]
+
+
+def asked_in(row: dict) -> Messages:
+    """The prompt of a row, whatever its column is called, with `input` and `history`."""
+    name, value = first_of(row, PROMPTS)
+    if isinstance(value, str):
+        return question_in(row, value)
+    return as_messages(value, "user", name)
