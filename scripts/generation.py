@@ -129,14 +129,15 @@ def _generate(
             input_ids=ids, attention_mask=mask, generation_config=config,
             **more, **({} if cache is None else {"past_key_values": cache}),
         )  # fmt: skip
-        if parts and not (_can_shrink(output.past_key_values) and output.past_key_values.layers):
+        memory = output.past_key_values
+        if parts and not (_can_shrink(memory) and memory.get_seq_length()):
             parts, config.max_new_tokens = False, most  # the config did not tell: once more, whole
             continue
         for row, reply in zip(rows.tolist(), output.sequences[:, asked:].tolist(), strict=True):
             replies[row] = reply
         if output.sequences.shape[1] - asked >= most or not parts:
             break
-        cache = output.past_key_values
+        cache = memory
         ended = torch.isin(output.sequences[:, asked:], stops).any(1)
         left = (~ended).nonzero()[:, 0].cpu()
         cache.batch_select_indices(left)
