@@ -177,7 +177,7 @@ def generate_replies(
     else:  # without these two, which only drawing knows
         decoding = {k: v for k, v in decoding.items() if k not in ("temperature", "top_p")}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=drawn, use_cache=True,
+        max_new_tokens=max_new_tokens, do_sample=drawn, num_beams=1, use_cache=True,
         eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, **decoding,
     )  # fmt: skip
     rows = tokenize_prompts(prompts, tokenizer, options)
