@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run both notebooks from top to bottom and keep their outputs: what is committed in notebooks/.
-# About twenty minutes on two cores. Then copy the table that the main notebook ends with into the
+# About ten minutes on two cores. Then copy the table that the main notebook ends with into the
 # README; tests/test_readme.py says whether the two agree.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
