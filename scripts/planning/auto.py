@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -70,8 +71,10 @@ def choose_max_length(cfg: Config, lengths: np.ndarray) -> tuple[int, str]:
 
 
 def planned(cfg: Config, sizes: ModelSizes, length: int) -> float:
-    """GB of the largest phase before the merge, for pairs that fill `length`."""
-    by_phase = needs(changed(cfg, {"max_length": length}), sizes)
+    """GB of the largest phase before the merge, for pairs that fill `length`. Replies can be had
+    one at a time, so that the evaluation does not decide how long the pairs may be."""
+    one = replace(cfg, recipe=replace(cfg.recipe, generation_batch_size=1))
+    by_phase = needs(changed(one, {"max_length": length}), sizes)
     return max(peak(parts) for name, parts in by_phase.items() if name != "merge")
 
 
