@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -218,12 +219,20 @@ def _generate(
     trainer: DPOTrainer, cfg: Config, model: PreTrainedModel, prompts: list, options: list | None,
     label: str, **decoding: float,
 ) -> list[Reply]:  # fmt: skip
-    free_memory()  # what went before let go of blocks of other sizes, which would lie beside these
-    return generate_replies(
-        model, trainer.processing_class, prompts, options=options, label=label,
-        max_new_tokens=cfg.recipe.max_new_tokens, batch_size=cfg.recipe.generation_batch_size,
-        **decoding,
-    )  # fmt: skip
+    """Replies, as many at a time as the config says, or fewer where memory does not hold them."""
+    size = cfg.recipe.generation_batch_size
+    while True:
+        free_memory()  # what went before let go of blocks of other sizes, which would lie beside
+        try:
+            return generate_replies(
+                model, trainer.processing_class, prompts, options=options, label=label,
+                max_new_tokens=cfg.recipe.max_new_tokens, batch_size=size, **decoding,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+        size //= 2
+        print(f"{label}: out of memory; once more, {size} replies at a time")
 
 
 # What the base model does without any training, and is cheaper; a tuning has to beat it.

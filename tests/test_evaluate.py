@@ -31,6 +31,7 @@ from scripts.data import load_preferences
 from scripts.evaluate import (
     BASELINES,
     PARTIAL,
+    _generate,
     baselines_table,
     checked_wins,
     compared,
@@ -389,6 +390,26 @@ def test_replies_of_the_base_outlive_a_failure_of_the_tuned_model(tiny_run):
     saved = [json.loads(line) for line in (cfg.run_dir / PARTIAL).read_text().splitlines()]
     assert [row["prompt"] for row in saved] == [prompt for prompt, *_ in PAIRS[4:]]
     assert all(row["base"] and row["base_length"] == 6 for row in saved)
+
+
+def test_replies_that_memory_does_not_hold_are_had_fewer_at_a_time(tiny_run, capsys):
+    trainer, cfg = tiny_run(generation_batch_size=4)
+    sizes = []
+
+    def full(_, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    hook = trainer.model.get_input_embeddings().register_forward_pre_hook(full)
+    replies = [{"role": "user", "content": word} for word in ("Why?", "Why not?", "How so?")]
+    made = _generate(trainer, cfg, trainer.model, [[r] for r in replies], None, "tuned")
+    assert len(made) == 3 and sizes[0] == 3 and set(sizes[2:]) == {1}
+    assert "out of memory; once more, 1 replies at a time" in capsys.readouterr().out
+    hook.remove()
+    trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        _generate(trainer, cfg, trainer.model, [[r] for r in replies], None, "tuned")
 
 
 def test_one_prompt_is_evaluated_without_an_interval(tiny_cfg, tmp_path):
