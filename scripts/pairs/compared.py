@@ -29,6 +29,7 @@ from scripts.pairs.messages import (
     as_messages,
     as_pair,
     asked_in,
+    by_turns,
     first_of,
     number_in,
     split_talks,
@@ -123,11 +124,7 @@ def _turns(prompts: Any, answers: Any, what: str) -> Messages:
         return []
     if any(isinstance(turn, dict) for turn in lists[0]):
         return []
-    return [
-        {"role": role, "content": text_of(text, what)}
-        for turn in zip(*lists, strict=True)
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    return by_turns(list(zip(*lists, strict=True)), what)
 
 
 def _prompt(row: dict) -> Messages:

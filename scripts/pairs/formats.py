@@ -14,7 +14,7 @@
 | `swift` | `messages` (or `query`, `response`), `rejected_response`, `rejected_messages` or `rejected` | ms-swift: the last message is chosen |
 | `openai` | `input`, `preferred_output`, `non_preferred_output` | OpenAI's preference files, with `input.messages` and `input.tools` |
 | `stackexchange` | `question`, `response_j`, `response_k` | `j` is the better one |
-| `compared` | a prompt, two answers, which is better | HelpSteer2 and 3, PKU-SafeRLHF, Chatbot Arena, SHP, WebGPT (`ANSWERS`, `VERDICTS`) |
+| `compared` | a prompt, two answers, which is better | HelpSteer2 and 3, PKU-SafeRLHF, Chatbot Arena, SHP, WebGPT (`compared.VERDICTS`) |
 | `scored` | a prompt, `completions` (or `answers`, `responses`) with a score each | the best against the worst, if further apart than `score_margin` |
 | `unpaired` | a prompt, an answer, `label` or `kto_tag` | KTO's: one answer a row, paired by `pairs.unpaired` |
 

@@ -129,6 +129,15 @@ def number_in(value: Any, what: str) -> float:
     return number
 
 
+def by_turns(pairs: list, what: str) -> Messages:
+    """Pairs of what the user and what the assistant said, as messages."""
+    return [
+        {"role": role, "content": text_of(text, what)}
+        for turn in pairs
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
 def _history(earlier: Any) -> Messages:
     """Earlier turns: pairs of question and answer, or messages."""
     if isinstance(earlier, list) and all(isinstance(turn, dict) for turn in earlier):
@@ -137,11 +146,7 @@ def _history(earlier: Any) -> Messages:
         isinstance(turn, list | tuple) and len(turn) == 2 for turn in earlier
     ):
         raise BadRow("type", "history is not a list of pairs, question and answer, or of messages")
-    return [
-        {"role": role, "content": text_of(text, "history")}
-        for turn in earlier
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    return by_turns(earlier, "history")
 
 
 def question_in(row: dict, text: Any) -> Messages:
