@@ -20,10 +20,9 @@ from peft import (
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 
+from scripts.base import RecipeError, put_in_place
 from scripts.checkpoints.identity import differences, settings
-from scripts.checkpoints.store import put_in_place
 from scripts.checkpoints.trouble import told
-from scripts.cli import RecipeError
 from scripts.config import Config
 from scripts.origins import read_origins
 from scripts.pairs.provenance import weights_state

@@ -34,11 +34,12 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from trl import DPOTrainer
 
 from scripts import plots
-from scripts.config import ROOT, Config, load_config, parse_overrides
-from scripts.monitoring.steps import RunLog
+from scripts.base import ROOT
+from scripts.config import Config, load_config, parse_overrides
 from scripts.planning.flops import step_flops
 from scripts.planning.lengths import lengths_of, parse_case
 from scripts.planning.trial import require_sharing, trial_trainer
+from scripts.run_log import RunLog
 from scripts.training import assemble
 
 # Tokens of prompt / chosen / rejected, and pairs at a time.

@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.config import Config
 from scripts.evaluate import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
 from scripts.licences import Terms

@@ -30,12 +30,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl.trainer.utils import use_adapter
 
 from scripts.adapter import refuse_other_base, require_adapter
-from scripts.config import Config, RecipeError, config_from_args
-from scripts.generation import Reply, generate_replies
+from scripts.base import RecipeError
+from scripts.config import Config, config_from_args
 from scripts.login import someone_is_there
 from scripts.model import load_model, load_tokenizer, resolve_model
-from scripts.monitoring.quiet import quiet
+from scripts.pairs.generation import Reply, generate_replies
 from scripts.pairs.provenance import digest, read_jsonl, write_whole
+from scripts.quiet import quiet
 
 if TYPE_CHECKING:
     import gradio

@@ -9,7 +9,6 @@ mistyped option are answered at once.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import select
@@ -19,8 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_CONFIG = "configs/smollm2-135m-cpu.yaml"
+from scripts.base import CTRL_C, DEFAULT_CONFIG, STOPPED, RecipeError, disk_is_full
 
 # What `python -m scripts` lists; every entry but the last also has its options here.
 COMMANDS = {
@@ -34,56 +32,16 @@ COMMANDS = {
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
     "serve": "ask a server of the tuned model the held-out questions, and compare its replies",
     "chat": "ask a finished run's base and tuned model side by side, and keep what you prefer",
-    "repeat": "repeat a run from its folder, and compare figure by figure",
     "doctor": "say in words what happened in a finished run, with the evidence and what to try",
     "compare": "show two runs side by side: settings, figures with intervals, curves",
     "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
     "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
-    "site": "build the web site of README and notebooks",
     "launchable": "check, render, create and update the Brev launchable",
 }
 
 
-STOPPED = 75  # exit code: stopped from outside, the same command goes on (EX_TEMPFAIL, sysexits.h)
-CTRL_C = 130  # 128 + SIGINT, as shells have it
 UNREAD = 141  # 128 + SIGPIPE
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# The same from torch's and safetensors' own writers, which give no errno.
-FULL_WORDS = (
-    "no space left", "os error 28", "os error 27", "os error 122", "file too large",
-    "quota exceeded", "pytorchstreamwriter failed", "unexpected pos", "iostream error",
-)  # fmt: skip
-
-
-class RecipeError(Exception):
-    """Something the user can put right; its one line says what, where and how."""
-
-    exit_code = 1  # what a command that it ends exits with
-
-    def _render_traceback_(self) -> list[str]:
-        """IPython's hook: a notebook shows the line, and not the way to it through the code."""
-        return [f"error: {self}"]
-
-
-class InputError(RecipeError):
-    """A mistake in what the user gave: a config, an override, a path. Nothing was loaded yet."""
-
-    exit_code = 2  # as argparse ends after a mistyped option
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel, with a reader or headless."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether a write failed for lack of room: full disk, quota, or a limit on a file's size."""
-    if isinstance(error, OSError) and error.errno in FULL:
-        return True
-    return any(word in str(error).lower() for word in FULL_WORDS)
 
 
 def terminated(signum, frame) -> None:
@@ -207,7 +165,7 @@ def argument_parser(name: str, **more) -> argparse.ArgumentParser:
     return parser
 
 
-WITHOUT_CONFIG = ("doctor", "compare", "site")  # which are not about a run to be made
+WITHOUT_CONFIG = ("doctor", "compare")  # which are not about a run to be made
 
 
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -225,7 +183,7 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     if words and words[0] in actions:
         action, *words = words
     full_name = f"{name} {action}" if action != default else name
-    parser = _repeat() if name == "repeat" else argument_parser(full_name)
+    parser = argument_parser(full_name)
     if actions and action == default:
         parser.usage = f"python -m scripts.{name} [{' | '.join(actions)}] [options]"
     if add := OPTIONS.get(full_name):
@@ -242,20 +200,6 @@ ACTIONS = {
     "export": ("merge", ("merge", "prove", "gguf", "serve-files", "push")),
     "serve": ("check", ("check",)),
 }
-
-
-def _repeat() -> argparse.ArgumentParser:
-    """The options of `repeat`, whose config is that of the run folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.repeat",
-        description=f"{COMMANDS['repeat'].capitalize()}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("run_folder", type=Path, help="the run folder, with config.yaml and metrics.jsonl")
-    add("--output-dir", type=Path, help="where the repeated run goes (default: <name>-repeat)")
-    add("--tolerance", type=number(0), default=0.0, help="a figure may differ by so much")
-    return parser
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
@@ -394,12 +338,6 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     add("--figure", type=Path, help="write the curves of both as a PNG")
 
 
-def _site(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("outputs/site"), help="folder to fill")
-    add("--mathjax", metavar="URL", help="where pages load MathJax from (default: its usual CDN)")
-
-
 def _lessons(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write")
@@ -436,7 +374,6 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "chat": _chat,
     "doctor": _doctor,
     "compare": _compare,
-    "site": _site,
     "lessons": _lessons,
     "benchmark": _benchmark,
     "acceptance": _acceptance,

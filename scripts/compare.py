@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.doctor import RunFolder, read_run
 from scripts.evaluate import MEASURES, compared, show
 from scripts.plots import compared_runs, save

@@ -25,8 +25,7 @@ import torch
 import yaml
 from trl import DPOConfig, ModelConfig, ScriptArguments
 
-from scripts.cli import ROOT, InputError
-from scripts.cli import RecipeError as RecipeError  # which a config's readers take from here
+from scripts.base import ROOT, InputError
 from scripts.places import check_dataset, check_model, check_run_folder
 from scripts.rules import contradictions
 from scripts.values import (

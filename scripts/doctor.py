@@ -25,7 +25,7 @@ from statistics import fmean
 
 import yaml
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 
 FEWEST_STEPS = 10  # of fewer logs no trend is told
 # The answers' log-probability, not the reward: how far an answer fell must not depend on beta.

@@ -33,18 +33,18 @@ from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from scripts.adapter import load_adapter, refuse_stale, require_adapter
-from scripts.checkpoints.store import write_whole
+from scripts.base import write_whole
 from scripts.config import Config, config_from_args
-from scripts.generation import Reply, generate_replies
-from scripts.measures.grounded import split_sentences
 from scripts.measures.statistics import DRAWS, aims_of, bootstrap
-from scripts.measures.text import repeated_ngram_share
 from scripts.measures.winrate import length_controlled
 from scripts.model import free_memory, load_model
-from scripts.monitoring.progress import Progress
 from scripts.pairs.build import Judge, make_judge
+from scripts.pairs.generation import Reply, generate_replies
+from scripts.pairs.grounded import split_sentences
 from scripts.pairs.report import length_bias
+from scripts.pairs.text import repeated_ngram_share
 from scripts.probes import Probe, main_probe, side_probes
+from scripts.progress import Progress
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
 from scripts.training import assemble

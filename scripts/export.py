@@ -24,14 +24,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scripts.adapter import require_adapter
-from scripts.config import Config, RecipeError, config_from_args
+from scripts.base import RecipeError
+from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
 from scripts.model import free_memory, load_tokenizer, resolve_model
-from scripts.monitoring.progress import Progress
 from scripts.pairs.tokens import tokenize_pairs
 from scripts.planning.exports import GGUF_KINDS, gguf_needs, merge_needs, require_room
 from scripts.planning.memory import model_sizes
 from scripts.probes import main_probe
+from scripts.progress import Progress
 from scripts.publish import push
 from scripts.shipping.forms import (
     Scores,

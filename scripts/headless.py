@@ -9,7 +9,7 @@ from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 
-from scripts.monitoring.progress import LINE
+from scripts.progress import LINE
 
 ENGINE = "sections"
 

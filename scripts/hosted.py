@@ -12,7 +12,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 
 # What the host's own notebook stands on: an upgrade of it would take the ground away.
 HOSTS_OWN = ("jupyter", "jupyterlab", "ipywidgets", "papermill", "nbformat")

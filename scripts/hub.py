@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.places import TOKENIZERS, refuse_pickles
 
 TRIES = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.hub import patiently
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")

@@ -39,14 +39,15 @@ from transformers import (
 )
 from trl import get_peft_config, get_quantization_config
 
-from scripts.config import Config, RecipeError, config_from_args
+from scripts.base import RecipeError
+from scripts.config import Config, config_from_args
 from scripts.hub import HubError, fetch
 from scripts.login import WHEELS as WHEELS
 from scripts.login import Wheel as Wheel
 from scripts.login import falls_back, hub_state, why_not
-from scripts.monitoring.memory import keep_freed_memory, return_freed_memory
-from scripts.monitoring.progress import Progress
+from scripts.memory import keep_freed_memory, return_freed_memory
 from scripts.origins import model_origin, record_origin
+from scripts.progress import Progress
 
 
 def resolve_model(name: str, revision: str = "main") -> tuple[str, str]:

@@ -18,7 +18,6 @@ import argparse
 import math
 
 from scripts.config import Config, config_from_args
-from scripts.monitoring.quiet import quiet
 from scripts.pairs.load import check_preferences
 from scripts.planning.auto import estimate_max_length
 from scripts.planning.dataset import (
@@ -44,6 +43,7 @@ from scripts.planning.memory import (
     weight_bytes,
 )
 from scripts.planning.table import table
+from scripts.quiet import quiet
 
 
 def report(cfg: Config, data: DatasetSize) -> str:

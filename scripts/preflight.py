@@ -29,12 +29,11 @@ import requests
 import torch
 from huggingface_hub import HfApi, constants, get_token
 
-from scripts.config import ROOT, Config, RecipeError, check_places, config_from_args
+from scripts.base import ROOT, RecipeError
+from scripts.config import Config, check_places, config_from_args
 from scripts.data import require_pairs
 from scripts.login import falls_back, hub_state, why_not
 from scripts.model import attention_problem, tokenizer_at_hand
-from scripts.monitoring.quiet import quiet
-from scripts.monitoring.tracking import has_wandb_key
 from scripts.pairs.load import check_preferences
 from scripts.planning.auto import estimate_max_length
 from scripts.planning.dataset import (
@@ -62,7 +61,9 @@ from scripts.planning.memory import (
     peak,
     stored,
 )
+from scripts.quiet import quiet
 from scripts.sharing.compiler import FIX, missing_for_triton
+from scripts.tracking import has_wandb_key
 
 PATIENCE = 15  # seconds for all that is asked of the network
 OK, WARN, FAIL = "ok", "warn", "FAIL"

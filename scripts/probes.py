@@ -15,11 +15,13 @@ from random import Random
 
 from datasets import Dataset
 
-from scripts.config import ROOT, Config
-from scripts.measures import grounded, instructions
-from scripts.measures.text import are_facts, fact_recall
+from scripts.base import ROOT
+from scripts.config import Config
+from scripts.measures import instructions
+from scripts.pairs import grounded
 from scripts.pairs.messages import Messages
 from scripts.pairs.passages import ask, read_questions
+from scripts.pairs.text import are_facts, fact_recall
 from scripts.pairs.tokens import template_options
 
 

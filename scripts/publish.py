@@ -25,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from scripts.adapter import require_adapter
+from scripts.base import ROOT, InputError, RecipeError
 from scripts.card import (
     DATA_CARD,
     HUB_NAME,
@@ -34,7 +35,6 @@ from scripts.card import (
     data_name,
     model_card,
 )
-from scripts.cli import ROOT, InputError, RecipeError
 from scripts.config import Config, config_from_args
 from scripts.hub import HubBusy, patiently, status_of
 from scripts.licences import Terms, licence_text, terms_of

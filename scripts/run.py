@@ -35,15 +35,15 @@ from nbformat.v4 import new_markdown_cell
 from papermill.exceptions import PapermillExecutionError
 
 from scripts.adapter import trained_folder
+from scripts.base import CTRL_C, ROOT, STOPPED, RecipeError
 from scripts.checkpoints.lock import HELD_BY_PARENT
 from scripts.checkpoints.store import newest_whole
-from scripts.cli import CTRL_C, STOPPED
-from scripts.config import ROOT, Config, RecipeError, config_from_args, parse_overrides
+from scripts.config import Config, config_from_args, parse_overrides
 from scripts.evaluate import evaluation_table
 from scripts.headless import ENGINE, section
-from scripts.monitoring.folder import settle
-from scripts.monitoring.memory import GB
+from scripts.memory import GB
 from scripts.planning.hardware import memory_table, on_gpu
+from scripts.run_folder import settle
 
 NOTEBOOK = ROOT / "notebooks" / "llama3_dpo.ipynb"
 CLEAR = ("TrainingError", "Stopped")  # errors that say themselves what is kept

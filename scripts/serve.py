@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 import requests
 
-from scripts.config import Config, RecipeError, config_from_args
+from scripts.base import RecipeError
+from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
 from scripts.evaluate import MEASURES
 from scripts.model import load_tokenizer, resolve_model

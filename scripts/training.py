@@ -29,17 +29,18 @@ from transformers.utils.notebook import NotebookProgressCallback
 from trl import DPOTrainer, get_peft_config
 
 from scripts.adapter import save_adapter
+from scripts.base import RecipeError
 from scripts.checkpoints.identity import settings
 from scripts.checkpoints.keeper import Keeper
-from scripts.config import Config, RecipeError, config_from_args
+from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
 from scripts.login import hub_login
 from scripts.model import load_model, load_tokenizer, resolve_model
-from scripts.monitoring.folder import settle, start_run
-from scripts.monitoring.steps import RunLog
-from scripts.monitoring.tracking import finish_wandb, start_wandb
+from scripts.run_folder import settle, start_run
+from scripts.run_log import RunLog
 from scripts.sharing.compiler import use_torch_head_without_compiler
 from scripts.sharing.trainer import PrefixSharedDPOTrainer
+from scripts.tracking import finish_wandb, start_wandb
 
 HAS_TRAINER = "_has_trainer"  # on a model that a trainer was built over
 

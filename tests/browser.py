@@ -19,7 +19,7 @@ import papermill
 from papermill.iorw import load_notebook_node, write_ipynb
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -13,8 +13,7 @@ from scripts.acceptance import jobs
 from scripts.acceptance.budget import Budget, PartError
 from scripts.acceptance.parts import Context, gpu_tests, outcomes, plan, simulation
 from scripts.acceptance.report import Report, Row
-from scripts.cli import RecipeError
-from scripts.config import ROOT
+from scripts.base import ROOT, RecipeError
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from scripts.adapter import AdapterError, save_adapter
+from scripts.base import RecipeError
 from scripts.checkpoints.trouble import Stopped
-from scripts.cli import RecipeError
 from scripts.data import load_preferences
 from scripts.evaluate import evaluate
 from scripts.export import merge_adapter

@@ -5,6 +5,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from scripts import plots
+from scripts.base import RecipeError
 from scripts.benchmark import (
     GROUPS,
     MEASURED,
@@ -16,7 +17,6 @@ from scripts.benchmark import (
     table,
     trl_attentions,
 )
-from scripts.cli import RecipeError
 from scripts.planning.trial import require_sharing
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"

@@ -17,7 +17,8 @@ from conftest import EOT, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from scripts.cli import ROOT, InputError, RecipeError, parse
+from scripts.base import ROOT, InputError, RecipeError
+from scripts.cli import parse
 from scripts.model import load_tokenizer
 from scripts.pairs.build import (
     as_row,

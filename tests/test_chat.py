@@ -18,6 +18,7 @@ from trl import get_peft_config
 
 from scripts import chat as chatting
 from scripts import data
+from scripts.base import RecipeError
 from scripts.chat import (
     BOTH_BAD,
     SKIP,
@@ -31,10 +32,10 @@ from scripts.chat import (
     open_chat,
     require_gradio,
 )
-from scripts.cli import RecipeError, parse
+from scripts.cli import parse
 from scripts.data import load_preferences
-from scripts.generation import Reply, generate_replies
 from scripts.model import load_tokenizer
+from scripts.pairs.generation import Reply, generate_replies
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

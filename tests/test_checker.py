@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
-from scripts.cli import ROOT
-from scripts.measures.grounded import check
+from scripts.base import ROOT
 from scripts.pairs.build import read_prompts, styled
 from scripts.pairs.checker import Checker
+from scripts.pairs.grounded import check
 from scripts.pairs.passages import read_questions
 from scripts.pairs.provenance import read_jsonl
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import explicit, write_jsonl
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
 from scripts.pairs.checks import KINDS

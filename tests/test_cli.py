@@ -5,7 +5,7 @@ import sys
 
 from IPython.core.interactiveshell import InteractiveShell
 
-from scripts.cli import ROOT, InputError, RecipeError
+from scripts.base import ROOT, InputError, RecipeError
 
 
 def shown(code: str, capsys) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 from scripts.compare import compare, other_runs
 from scripts.measures.statistics import bootstrap
 

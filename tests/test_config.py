@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig
 from trl import get_peft_config, get_quantization_config
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.config import HINTS, ConfigError, load_config, parse_overrides, refuse_changed
 from scripts.pairs.formats import FORMATS
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import BOT, EOT, explicit, write_jsonl
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.config import ConfigError
 from scripts.data import length_table, load_preferences, token_lengths
 from scripts.model import load_tokenizer

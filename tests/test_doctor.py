@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import explicit, write_jsonl
 
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 from scripts.doctor import diagnose, read_run, report
 from scripts.evaluate import evaluate, length_follows, save_evaluation
 from scripts.training import assemble

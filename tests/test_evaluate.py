@@ -26,7 +26,6 @@ from transformers import (
     OpenAIGPTConfig,
 )
 
-from scripts import generation
 from scripts.data import load_preferences
 from scripts.evaluate import (
     BASELINES,
@@ -46,11 +45,12 @@ from scripts.evaluate import (
     side_by_side,
 )
 from scripts.export import completion_logps
-from scripts.generation import generate_replies
 from scripts.measures.statistics import AIMS, MET, MISSED, QUESTION_AIMS, TOO_FEW, bootstrap
-from scripts.measures.text import are_facts
 from scripts.model import load_model, load_tokenizer
+from scripts.pairs import generation
+from scripts.pairs.generation import generate_replies
 from scripts.pairs.judges import Endpoint
+from scripts.pairs.text import are_facts
 from scripts.planning.memory import process_gb
 from scripts.plots import before_after
 from scripts.probes import pick_prompts

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.config import load_config
 from scripts.data import length_lesson
 from scripts.doctor import diagnose, read_run

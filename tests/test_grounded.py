@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from scripts.cli import ROOT
-from scripts.config import RecipeError
-from scripts.measures.grounded import check, is_supported, split_sentences
+from scripts.base import ROOT, RecipeError
+from scripts.pairs.grounded import check, is_supported, split_sentences
 from scripts.pairs.passages import ask, read_questions
 
 PASSAGE = (

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from scripts import hosted
-from scripts.cli import ROOT
+from scripts.base import ROOT
 
 
 def first_cells() -> str:

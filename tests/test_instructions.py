@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.measures.instructions import CHECKS, follows
 
 CASES = {

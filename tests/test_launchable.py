@@ -12,7 +12,7 @@ from email.utils import formatdate
 import pytest
 import yaml
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.launchable import client, publishing
 from scripts.launchable.console import by_hand
 from scripts.launchable.definition import LaunchableError, load

@@ -10,7 +10,7 @@ from conftest import PAIRS, explicit, write_jsonl
 from safetensors.torch import save_file
 
 from scripts import plots
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.lessons import byhand, compression, failures, slider
 from scripts.lessons.__main__ import main as lessons
 
@@ -281,7 +281,7 @@ def test_questions_without_an_answer_are_left_out(tiny_cfg, many_pairs):
 def test_a_right_reply_has_the_answer_and_no_wrong_one():
     from datasets import Dataset
 
-    from scripts.generation import Reply
+    from scripts.pairs.generation import Reply
 
     row = {"question": "When?", "accept": ["Monday"], "wrong": ["Friday"], "answerable": True}
     texts = ["On Monday.", "On Friday.", "On Monday or Friday.", ""]

@@ -14,8 +14,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from scripts import plots
-from scripts.cli import ROOT
-from scripts.monitoring.memory import MemoryMonitor
+from scripts.base import ROOT
+from scripts.memory import MemoryMonitor
 from scripts.pairs.checks import Report
 from scripts.plots.style import with_alt_text
 

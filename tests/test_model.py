@@ -11,7 +11,7 @@ from transformers import GPTJConfig
 
 from scripts import hub, login
 from scripts import model as model_step
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 from scripts.login import HubError, hub_login, hub_state, someone_is_there
 from scripts.model import (
     WHEELS,

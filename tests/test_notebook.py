@@ -9,7 +9,7 @@ import nbformat
 import papermill
 import pytest
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.run import NOTEBOOK
 
 

@@ -11,11 +11,10 @@ import yaml
 from conftest import explicit, write_jsonl
 from test_tokens import tokenizer_of, trl_rows
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.config import load_config
 from scripts.data import load_preferences, require_pairs
 from scripts.model import load_tokenizer
-from scripts.monitoring.folder import start_run
 from scripts.pairs.load import check_preferences, held_out_count
 from scripts.pairs.report import covering_length, held_out_text, report_text
 from scripts.pairs.sources import DataError
@@ -23,6 +22,7 @@ from scripts.pairs.tokens import templated, tokenize_pairs
 from scripts.planning import auto
 from scripts.planning.auto import choose_max_length
 from scripts.preflight import FAIL, OK, WARN, dataset
+from scripts.run_folder import start_run
 from scripts.training import assemble
 
 DEFAULT = "configs/smollm2-135m-cpu.yaml"

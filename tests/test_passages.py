@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from scripts.cli import ROOT
-from scripts.measures.grounded import split_sentences
-from scripts.measures.text import mentions
+from scripts.base import ROOT
+from scripts.pairs.grounded import split_sentences
+from scripts.pairs.text import mentions
 
 ROWS = [json.loads(line) for line in (ROOT / "data" / "passages.jsonl").open(encoding="utf-8")]
 QUESTIONS = [(row, question) for row in ROWS for question in row["questions"]]

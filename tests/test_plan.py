@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Traine
 from transformers.training_args import OptimizerNames
 
 from scripts import plots
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 from scripts.config import load_config
 from scripts.data import load_preferences
 from scripts.model import load_model, load_tokenizer, resolve_model

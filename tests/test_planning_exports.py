@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
 from scripts import export
-from scripts.cli import ROOT, RecipeError, parse
+from scripts.base import ROOT, RecipeError
+from scripts.cli import parse
 from scripts.config import load_config
 from scripts.model import load_tokenizer, resolve_model
 from scripts.plan import report

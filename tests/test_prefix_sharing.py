@@ -40,7 +40,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.model import load_tokenizer
 from scripts.sharing.attention import (
     FLEX_BLOCK,

@@ -9,10 +9,10 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from scripts.cli import ROOT
+from scripts import progress
+from scripts.base import ROOT
 from scripts.headless import ENGINE, section
-from scripts.monitoring import progress
-from scripts.monitoring.progress import LINE, Progress
+from scripts.progress import LINE, Progress
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def run(kernel, code: str, interrupt_after: float = 0) -> list[dict]:
 
 def test_a_notebook_has_one_bar_that_is_redrawn(kernel):
     code = """
-    from scripts.monitoring.progress import Progress
+    from scripts.progress import Progress
     bar = Progress(2)
     for done in range(3):
         bar.show(done, f"<{done}> of 2", line=done == 2)
@@ -60,7 +60,7 @@ def test_a_notebook_has_one_bar_that_is_redrawn(kernel):
 
 
 def test_an_interrupt_in_a_notebook_is_one_line(kernel):
-    run(kernel, "from scripts.monitoring import quiet\nquiet._readable()")
+    run(kernel, "from scripts import quiet\nquiet._readable()")
     (error,) = run(kernel, "import time\nfor _ in range(600): time.sleep(0.1)", 1.0)
     assert error["type"] == "error" and error["ename"] == "KeyboardInterrupt"
     assert error["traceback"] == [
@@ -69,7 +69,7 @@ def test_an_interrupt_in_a_notebook_is_one_line(kernel):
 
 
 def test_tables_of_texts_are_aligned_left_and_of_figures_right(kernel):
-    code = "import pandas as pd\nfrom scripts.monitoring import quiet\nquiet._readable()\n"
+    code = "import pandas as pd\nfrom scripts import quiet\nquiet._readable()\n"
     run(kernel, code)
     (texts,) = run(kernel, "pd.DataFrame({'a': ['word ' * 9, 'b']})")
     assert texts["data"]["text/html"].count('<td style="text-align:left">') == 2
@@ -105,7 +105,7 @@ CELLS = [
     new_code_cell("1 + 1"),
     new_markdown_cell("no heading"),
     new_code_cell(
-        "from scripts.monitoring.progress import Progress\nbar = Progress(3)\n"
+        "from scripts.progress import Progress\nbar = Progress(3)\n"
         "bar.show(0, 'at first', line=False)\nbar.show(1, 'one', line=True)\n"
         "bar.show(3, 'three', line=True)"
     ),

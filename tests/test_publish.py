@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 from upload_hub import OWNER, TOKEN, UploadHub, card_errors, receiving
 
 from scripts import export
+from scripts.base import ROOT, InputError, RecipeError
 from scripts.card import CardError, got_worse, limits, read_figures
-from scripts.cli import ROOT, InputError, RecipeError, parse
+from scripts.cli import parse
 from scripts.config import Config, load_config
 from scripts.licences import LLAMA, LicenceError, terms_of
 from scripts.publish import Parcel, PushError, base_name, pack, repo_for, send

@@ -5,7 +5,8 @@ import re
 import nbformat
 import pytest
 
-from scripts.cli import COMMANDS, ROOT
+from scripts.base import ROOT
+from scripts.cli import COMMANDS
 
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "llama3_dpo.ipynb", as_version=4)

@@ -11,7 +11,7 @@ import torch
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 
 from scripts import selfcheck
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.sharing.compiler import missing_for_triton, use_torch_head_without_compiler
 
 

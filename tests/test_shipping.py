@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from scripts import evaluate, export
 from scripts.adapter import save_adapter
+from scripts.base import RecipeError
 from scripts.checkpoints.identity import settings
 from scripts.cli import parse
-from scripts.config import RecipeError, load_config
+from scripts.config import load_config
 from scripts.data import load_preferences
 from scripts.export import MergeError, merge_adapter
 from scripts.model import load_tokenizer, model_from_wheel

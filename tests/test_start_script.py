@@ -17,7 +17,7 @@ from urllib.error import URLError
 
 import pytest
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.launchable.rendering import START_SCRIPT
 
 JUPYTER = """#!{python}

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli import COMMANDS, ROOT
+from scripts.base import ROOT
+from scripts.cli import COMMANDS
 
 # Downstream order: a room may import from those before it, and from itself. A step of the story
 # (a file at the top of scripts/) is a room of its own.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scripts.cli import InputError
+from scripts.base import InputError
 from scripts.config import HINTS, load_config, parse_overrides
 from tests.survival import bad_input_faults
 

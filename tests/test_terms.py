@@ -5,7 +5,7 @@ import math
 import pytest
 from conftest import explicit, write_jsonl
 
-from scripts.monitoring.steps import history
+from scripts.run_log import history
 
 BOTH = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scripts.measures.text import fact_recall, repeated_ngram_share
+from scripts.pairs.text import fact_recall, repeated_ngram_share
 
 
 def test_repetition_by_hand():

@@ -5,8 +5,8 @@ import time
 import pytest
 import wandb
 
-from scripts.monitoring import tracking
-from scripts.monitoring.tracking import finish_wandb, start_wandb
+from scripts import tracking
+from scripts.tracking import finish_wandb, start_wandb
 
 
 @pytest.fixture(autouse=True)

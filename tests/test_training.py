@@ -13,9 +13,9 @@ from trl import get_peft_config
 from scripts.evaluate import implicit_rewards, pair_logps
 from scripts.export import completion_logps
 from scripts.model import load_model, load_tokenizer, parameter_counts
-from scripts.monitoring.folder import describe_machine, start_run
-from scripts.monitoring.steps import history
 from scripts.pairs.formats import from_orca
+from scripts.run_folder import describe_machine, start_run
+from scripts.run_log import history
 from scripts.training import build_trainer
 
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from scripts.config import ROOT
+from scripts.base import ROOT
 
 
 @pytest.mark.skipif(

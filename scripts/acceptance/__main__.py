@@ -22,7 +22,8 @@ from pathlib import Path
 from scripts.acceptance.budget import Budget, PartError
 from scripts.acceptance.parts import PARTS, Context, facts
 from scripts.acceptance.report import Report, Row
-from scripts.cli import DEFAULT_CONFIG, RecipeError, command, parse
+from scripts.base import DEFAULT_CONFIG, RecipeError
+from scripts.cli import command, parse
 
 GPU_CONFIG = "configs/llama3-8b-a100-short.yaml"
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 
 
 class PartError(RecipeError):

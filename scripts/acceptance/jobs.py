@@ -15,12 +15,12 @@ from huggingface_hub import HfApi, snapshot_download
 
 from scripts.config import load_config
 from scripts.login import hub_state
-from scripts.monitoring.folder import describe_machine
-from scripts.monitoring.memory import MemoryMonitor
+from scripts.memory import MemoryMonitor
 from scripts.planning.hardware import needs
 from scripts.planning.lengths import worst_lengths
 from scripts.planning.memory import GB, architecture
 from scripts.planning.trial import trial_trainer
+from scripts.run_folder import describe_machine
 
 STEPS = {"max_steps": 2, "gradient_accumulation_steps": 2, "report_to": "none",
          "save_strategy": "no", "eval_strategy": "no", "logging_steps": 1}  # fmt: skip

@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset
 
+from scripts.base import RecipeError
 from scripts.checkpoints.store import manifest
-from scripts.cli import RecipeError
 from scripts.config import Config
 from scripts.values import is_harmless
 

@@ -20,20 +20,11 @@ import torch
 from transformers.trainer_utils import TrainOutput
 from trl import DPOTrainer
 
+from scripts.base import RecipeError, in_notebook, put_in_place, write_whole
 from scripts.checkpoints import identity
 from scripts.checkpoints.lock import HELD_BY_PARENT
-from scripts.checkpoints.store import (
-    ASIDE,
-    damage,
-    newest_whole,
-    put_in_place,
-    rotate_checkpoints,
-    seal,
-    step_of,
-    write_whole,
-)
+from scripts.checkpoints.store import ASIDE, damage, newest_whole, rotate_checkpoints, seal, step_of
 from scripts.checkpoints.trouble import Stopped, TrainingError, explain, first_line
-from scripts.cli import RecipeError, in_notebook
 
 PENDING = "pending.json"  # in a checkpoint: what was added up since the last log
 

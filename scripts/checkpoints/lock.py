@@ -6,7 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 
 # The headless command holds the first, the kernel that it starts the second. Killing the command
 # alone thus leaves the folder locked until its kernel, too, is gone.

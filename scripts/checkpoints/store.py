@@ -8,49 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
+from scripts.base import write_whole
+
 MANIFEST = "whole.json"
 ASIDE = ".writing"
 NAME = re.compile(r"checkpoint-([0-9]+)")
-
-
-def flush(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before going on. See fsync(2)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a kill leaves the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        flush(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def put_in_place(part: Path, target: Path) -> None:
-    """Flush the folder `part` and rename it to `target`; what was there goes only after."""
-    for path in [*part.rglob("*"), part]:
-        flush(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    part.rename(target)
-    flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

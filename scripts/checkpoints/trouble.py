@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.cli import CTRL_C, STOPPED, RecipeError, disk_is_full
+from scripts.base import CTRL_C, STOPPED, RecipeError, disk_is_full
 
 MEMORY_WORDS = ("defaultcpuallocator", "can't allocate memory", "cannot allocate memory")
 

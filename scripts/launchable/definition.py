@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 
 FILE = ROOT / "brev-launchable.yaml"
 SCHEMA = ROOT / "configs" / "brev-launchable.schema.json"

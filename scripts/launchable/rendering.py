@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from scripts.launchable.definition import (
     PUBLIC_GIT,
     LaunchableError,

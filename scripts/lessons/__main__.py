@@ -17,7 +17,8 @@ import json
 import shlex
 import sys
 
-from scripts.config import RecipeError, parse_overrides
+from scripts.base import RecipeError
+from scripts.config import parse_overrides
 from scripts.lessons.failures import ARMS, Size, in_a_line, run_arms
 
 

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import cached_file
 
-from scripts.cli import ROOT
-from scripts.config import RecipeError
+from scripts.base import ROOT, RecipeError
 
 BLOCK = 64  # weights that share a scale
 SCALES = 256  # first scales that share a second one, under double quantization

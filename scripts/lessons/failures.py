@@ -15,18 +15,18 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 from trl import DPOTrainer
 
-from scripts.cli import DEFAULT_CONFIG
+from scripts.base import DEFAULT_CONFIG
 from scripts.config import Config, load_config
 from scripts.data import load_preferences
 from scripts.evaluate import pair_logps, reference
-from scripts.generation import Reply, generate_replies
-from scripts.measures import grounded
-from scripts.measures.text import are_facts, fact_recall
 from scripts.model import free_memory, load_tokenizer, resolve_model
-from scripts.monitoring.folder import describe_machine
-from scripts.monitoring.steps import history
+from scripts.pairs import grounded
+from scripts.pairs.generation import Reply, generate_replies
+from scripts.pairs.text import are_facts, fact_recall
 from scripts.pairs.tokens import template_options, tokenize_pairs
 from scripts.probes import pick_prompts
+from scripts.run_folder import describe_machine
+from scripts.run_log import history
 from scripts.training import assemble
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 
-from scripts.measures.text import mentions
+from scripts.pairs.text import mentions
 
 BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
 

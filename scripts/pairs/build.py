@@ -23,14 +23,13 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from scripts.cli import InputError, in_notebook
-from scripts.config import Config, RecipeError, config_from_args
-from scripts.generation import generate_replies
+from scripts.base import InputError, RecipeError, in_notebook
+from scripts.config import Config, config_from_args
 from scripts.hub import fetch
-from scripts.measures.text import are_facts
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.checker import Checker
 from scripts.pairs.files import Row, read_file
+from scripts.pairs.generation import generate_replies
 from scripts.pairs.judges import Endpoint, Preference, RewardModel, Rule
 from scripts.pairs.messages import BadRow, Messages, as_messages
 from scripts.pairs.passages import ask, questions_of
@@ -43,6 +42,7 @@ from scripts.pairs.provenance import (
     weights_state,
     write_whole,
 )
+from scripts.pairs.text import are_facts
 from scripts.pairs.tokens import ANSWER, end_tokens, tokenize_prompts
 from scripts.pairs.workers import several_at_a_time
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 
-from scripts.measures import grounded
-from scripts.measures.text import repeated_ngram_share
+from scripts.pairs import grounded
 from scripts.pairs.judges import Preference
+from scripts.pairs.text import repeated_ngram_share
 
 
 class Checker:

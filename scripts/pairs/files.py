@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from scripts.config import RecipeError
+from scripts.base import RecipeError
 
 Row = tuple[str, dict[str, Any] | None, str]  # where it stands; the row, or None and what is wrong
 TEXT = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")

@@ -22,10 +22,10 @@ from requests.adapters import HTTPAdapter
 from transformers import AutoModelForSequenceClassification
 from urllib3.util import Retry
 
-from scripts.config import RecipeError
-from scripts.measures.text import fact_recall, repeated_ngram_share
+from scripts.base import RecipeError
 from scripts.model import load_tokenizer
 from scripts.pairs.provenance import weights_state
+from scripts.pairs.text import fact_recall, repeated_ngram_share
 from scripts.pairs.tokens import tokenize_conversations
 
 

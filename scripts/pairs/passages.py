@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from scripts.config import RecipeError
+from scripts.base import RecipeError
 from scripts.pairs.messages import Messages
 
 KEYS = ("question", "answerable", "accept", "wrong")

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from scripts.config import RecipeError
+from scripts.base import RecipeError
 
 
 def digest(value: Any) -> str:

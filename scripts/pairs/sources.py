@@ -11,7 +11,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from trl import ScriptArguments
 
-from scripts.config import Config, ConfigError, RecipeError
+from scripts.base import RecipeError
+from scripts.config import Config, ConfigError
 from scripts.hub import patiently
 from scripts.pairs.download import download, is_url
 from scripts.pairs.files import READ, SHEETS, DataError, Row, kind_of, read_file

@@ -10,7 +10,8 @@ import psutil
 import torch
 from accelerate.utils import broadcast_object_list
 
-from scripts.config import Config, RecipeError
+from scripts.base import RecipeError
+from scripts.config import Config
 from scripts.pairs.report import covering_length
 from scripts.planning.flops import step_flops
 from scripts.planning.hardware import SPARE, changed, needs, on_gpu, smaller

@@ -20,7 +20,7 @@ import psutil
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.config import Config
 from scripts.planning.hardware import on_gpu
 from scripts.planning.memory import GB, ModelSizes, merged_bytes, process_gb, stored

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scripts.cli import InputError
+from scripts.base import InputError
 from scripts.config import Config
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trl import get_peft_config
 
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 from scripts.config import Config
 from scripts.planning.optimisers import PAGED_FROM, is_paged, state_bytes
 from scripts.sharing.attention import BLOCK

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import yaml
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 
 FILE = ROOT / "configs" / "hardware" / "gpus.yaml"
 

@@ -6,9 +6,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from trl import DPOTrainer
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.config import Config
-from scripts.monitoring.steps import RunLog
+from scripts.run_log import RunLog
 from scripts.training import assemble
 
 

@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts.cli import ROOT, RecipeError
+from scripts.base import ROOT, RecipeError
 from scripts.config import load_config
+from scripts.memory import MemoryMonitor
 from scripts.model import free_memory, load_tokenizer, resolve_model
-from scripts.monitoring.memory import MemoryMonitor
 from scripts.planning.lengths import worst_lengths
 from scripts.planning.memory import GB, model_sizes, peak, phases, process_gb
 from scripts.planning.trial import trial_trainer

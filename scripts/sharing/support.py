@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 
 
 class PrefixSharingError(RecipeError):

@@ -19,11 +19,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from scripts.adapter import refuse_other_base
-from scripts.config import Config, RecipeError
+from scripts.base import RecipeError
+from scripts.config import Config
 from scripts.evaluate import MEASURES
-from scripts.generation import generate_replies
 from scripts.hub import fetch
 from scripts.model import free_memory, load_model
+from scripts.pairs.generation import generate_replies
 from scripts.probes import Probe, drawn
 
 SHOWN = ("exact", "first", "facts")  # of the measures of a reply, what the tables show

@@ -22,7 +22,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from scripts.config import Config, RecipeError
+from scripts.base import RecipeError
+from scripts.config import Config
 from scripts.model import free_memory
 from scripts.pairs.tokens import tokenize_prompts
 from scripts.probes import Probe, drawn

@@ -18,7 +18,8 @@ from pathlib import Path
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from scripts.adapter import trained_folder
-from scripts.config import Config, RecipeError
+from scripts.base import RecipeError
+from scripts.config import Config
 from scripts.pairs.tokens import end_tokens
 from scripts.shipping.gguf import conversations
 

@@ -9,11 +9,11 @@ from unittest.mock import patch
 
 import scripts.sharing.trainer
 from scripts.config import Config, load_config, parse_overrides
-from scripts.monitoring.quiet import quiet
 from scripts.planning import memory as planning
 from scripts.planning.lengths import worst_lengths
 from scripts.planning.memory import architecture
 from scripts.planning.trial import random_pairs
+from scripts.quiet import quiet
 from scripts.training import build_trainer
 from tests import conftest
 

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from scripts import cli
-from scripts.cli import ROOT, InputError
+from scripts.base import ROOT, InputError
 from scripts.config import load_config, parse_overrides
 
 AREA = "bad inputs"

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
 from scripts import hub as client
-from scripts.cli import RecipeError
+from scripts.base import RecipeError
 from scripts.hub import HubError, dataset_commit, fetch
 from scripts.login import WHEELS, hub_login, hub_state
 from scripts.model import resolve_model

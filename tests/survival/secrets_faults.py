@@ -24,7 +24,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripts.cli import ROOT
+from scripts.base import ROOT
 from tests.loopback import Quiet, serving
 
 AREA = "secrets"

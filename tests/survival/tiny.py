@@ -128,7 +128,7 @@ def _child(log: Path, command: str, arguments: list[str], probe, limits: dict) -
     import importlib
 
     from scripts import cli
-    from scripts.monitoring.quiet import quiet
+    from scripts.quiet import quiet
 
     quiet()
     for limit, value in limits.items():

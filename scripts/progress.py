@@ -7,7 +7,7 @@ import time
 
 from IPython.display import DisplayHandle, display
 
-from scripts.cli import in_notebook
+from scripts.base import in_notebook
 
 LINES = 10.0  # seconds between two printed lines, unless a caller asks for one
 REDRAWS = 0.5  # seconds between two looks of a bar

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from scripts.base import ROOT, RecipeError, write_whole
 from scripts.checkpoints.identity import differences, refuse_another, settings
 from scripts.checkpoints.lock import hold
-from scripts.checkpoints.store import checkpoints, manifest, newest_whole, write_whole
+from scripts.checkpoints.store import checkpoints, manifest, newest_whole
 from scripts.checkpoints.trouble import told
-from scripts.cli import ROOT, RecipeError
 from scripts.config import Config
 
 FINISHED = ("adapter", "model", "evaluation.json")  # one of them: training was through

@@ -9,9 +9,8 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
-from scripts.checkpoints.store import write_whole
-from scripts.cli import in_notebook
-from scripts.monitoring.progress import Progress
+from scripts.base import in_notebook, write_whole
+from scripts.progress import Progress
 
 
 class RunLog(TrainerCallback):

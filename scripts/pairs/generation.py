@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from scripts.monitoring.progress import Progress
 from scripts.pairs.tokens import end_tokens, tokenize_prompts
+from scripts.progress import Progress
 
 EVERY = 16  # tokens after which replies that have ended leave the batch
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from scripts.measures.text import mentions
+from scripts.pairs.text import mentions
 
 # A sentence ends at a full stop, question or exclamation mark before a space and a new beginning,
 # or at the end of a line; not after these.

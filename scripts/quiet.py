@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 
-from scripts.cli import in_notebook
+from scripts.base import in_notebook
 
 LONG = 40  # letters: a table with such a cell is one of texts
 
