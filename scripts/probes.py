@@ -1,13 +1,14 @@
-"""What the models are tried on: prompts, and what is measured of a reply beyond its form.
+"""Prompts to try both models on, and what to measure of the content of a reply.
 
-A probe of preference pairs asks their held-out prompts and looks for the key facts that they list.
-A probe of questions asks about given texts, where right and wrong can be checked. Two more ask
-whether a tuning did harm elsewhere: plain questions without a text, and verifiable instructions.
+For preference pairs: their held-out prompts, and the key facts that these list. For questions on
+given texts: right and wrong, which can be checked. Two side probes ask whether tuning did harm
+elsewhere: plain questions without a text, and instructions that a program can verify.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import nan
@@ -17,11 +18,10 @@ from datasets import Dataset
 
 from scripts.base import ROOT
 from scripts.config import Config
-from scripts.measures import instructions
 from scripts.pairs import grounded
 from scripts.pairs.messages import Messages
 from scripts.pairs.passages import ask, read_questions
-from scripts.pairs.text import are_facts, fact_recall
+from scripts.pairs.text import are_facts, fact_recall, mentions
 from scripts.pairs.tokens import template_options
 
 
@@ -92,8 +92,52 @@ def of_instructions(count: int | None, seed: int) -> Probe:
     rows = [rows[i] for i in drawn(len(rows), count, seed)]
     return Probe(
         [[{"role": "user", "content": row["prompt"]}] for row in rows],
-        lambda i, text: {"follows": instructions.follows(text, rows[i]["checks"])},
+        lambda i, text: {"follows": follows(text, rows[i]["checks"])},
     )
+
+
+BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
+SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"')]|$)")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), (dict, list))
+    except ValueError:
+        return False
+
+
+# Kinds of instructions, after IFEval (arXiv 2311.07911): does `text` do what is asked?
+CHECKS = {
+    "at_most_words": lambda text, value: 0 < len(text.split()) <= value,
+    "at_least_words": lambda text, value: len(text.split()) >= value,
+    "sentences": lambda text, value: len(SENTENCE_END.findall(text)) == value,
+    "bullets": lambda text, value: len(BULLET.findall(text)) == value,
+    "lower_case": lambda text, value: text == text.lower() != text.upper(),
+    "upper_case": lambda text, value: text == text.upper() != text.lower(),
+    "no_commas": lambda text, value: "," not in text,
+    "includes": lambda text, value: mentions(text, value),
+    "avoids": lambda text, value: not mentions(text, value),
+    "starts_with": lambda text, value: text.startswith(value),
+    "ends_with": lambda text, value: text.rstrip().endswith(value),
+    "in_quotes": lambda text, value: len(text) > 2 and text[0] == text[-1] == '"',
+    "json": lambda text, value: _is_json(text),
+    "paragraphs": lambda text, value: len(re.split(r"\n\s*\n", text.strip())) == value,
+    "one_of": lambda text, value: text.strip().rstrip(".!").lower() in value,
+}
+
+
+def follows(text: str, checks: list[dict]) -> bool:
+    """Whether the reply `text` passes all `checks`, each `{"kind": ..., "value": ...}`.
+
+    This is IFEval's strict accuracy: a prompt counts only if all its instructions are followed,
+    and an empty reply follows none.
+
+    Raises:
+        KeyError: a check is of no known kind.
+    """
+    text = text.strip()
+    return bool(text) and all(CHECKS[c["kind"]](text, c.get("value")) for c in checks)
 
 
 def main_probe(cfg: Config, test: Dataset) -> Probe:

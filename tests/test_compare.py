@@ -11,7 +11,7 @@ from PIL import Image
 
 from scripts.base import ROOT, RecipeError
 from scripts.compare import compare, other_runs
-from scripts.measures.statistics import bootstrap
+from scripts.intervals import bootstrap
 
 
 def a_run(folder, *, gain=0.1, evaluated=True, prompts=None, **config):

@@ -45,7 +45,7 @@ from scripts.evaluate import (
     side_by_side,
 )
 from scripts.export import completion_logps
-from scripts.measures.statistics import AIMS, MET, MISSED, QUESTION_AIMS, TOO_FEW, bootstrap
+from scripts.intervals import AIMS, MET, MISSED, QUESTION_AIMS, TOO_FEW, bootstrap
 from scripts.model import load_model, load_tokenizer
 from scripts.pairs import generation
 from scripts.pairs.generation import generate_replies

@@ -16,7 +16,7 @@ from scripts.config import load_config
 from scripts.data import length_lesson
 from scripts.doctor import diagnose, read_run
 from scripts.lessons import byhand, compression, slider
-from scripts.measures.winrate import length_controlled
+from scripts.intervals import length_controlled
 from scripts.pairs.report import length_bias
 from scripts.planning.dataset import training_steps
 from scripts.planning.memory import architecture, model_sizes

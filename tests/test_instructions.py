@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts.base import ROOT
-from scripts.measures.instructions import CHECKS, follows
+from scripts.probes import CHECKS, follows
 
 CASES = {
     "at_most_words": (3, "One two three.", "One two three four."),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scripts.measures.winrate import length_controlled
+from scripts.intervals import length_controlled
 
 
 def drawn(theta: float, phi: float, shift: float, count: int = 4000) -> tuple:

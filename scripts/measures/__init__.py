@@ -1,1 +1,0 @@
-"""Measures of replies: their text (`text`) and what a mean over prompts is worth (`statistics`)."""
