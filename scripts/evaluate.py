@@ -35,8 +35,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from scripts.adapter import load_adapter, refuse_stale, require_adapter
 from scripts.base import write_whole
 from scripts.config import Config, config_from_args
-from scripts.intervals import DRAWS, aims_of, bootstrap
-from scripts.intervals import length_controlled
+from scripts.intervals import DRAWS, aims_of, bootstrap, length_controlled
 from scripts.model import free_memory, load_model
 from scripts.pairs.build import Judge, make_judge
 from scripts.pairs.generation import Reply, generate_replies

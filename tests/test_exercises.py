@@ -15,8 +15,8 @@ from scripts.base import ROOT
 from scripts.config import load_config
 from scripts.data import length_lesson
 from scripts.doctor import diagnose, read_run
-from scripts.lessons import byhand, compression, slider
 from scripts.intervals import length_controlled
+from scripts.lessons import byhand, compression, slider
 from scripts.pairs.report import length_bias
 from scripts.planning.dataset import training_steps
 from scripts.planning.memory import architecture, model_sizes
