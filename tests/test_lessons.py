@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from scripts import plots
 from scripts.base import RecipeError
-from scripts.lessons import byhand, compression, failures, slider
+from scripts.lessons import byhand, compression, failures
 from scripts.lessons.__main__ import main as lessons
 
 ROW = {"prompt_ids", "chosen_ids", "rejected_ids"}
@@ -169,30 +169,10 @@ def test_beta_surface_is_the_loss_and_flat_along_the_diagonal():
         assert np.log1p(np.exp(-margin)) == pytest.approx(level, abs=1e-3)
 
 
-def test_moving_the_slider_draws_the_surface_anew():
-    points = {"chosen": [1.0, -3.0], "rejected": [-2.0, -9.0]}
-    box = slider.beta_slider(points)
-    control, picture = box.children
-    before = picture.value
-    assert "for beta 0.1." in before  # the alternative text
-    control.value = 0.5
-    assert picture.value != before
-    assert "for beta 0.5." in picture.value
-    hands = [hand(c, r, beta=0.5) for c, r in zip(*points.values(), strict=True)]
-    assert f"mean loss {np.mean([h.loss for h in hands]):.2f}" in picture.value
-    assert f"gradient {np.mean([h.weight for h in hands]):.2f}" in picture.value
-    assert len(repr(box)) < 100  # else the picture stands in the notebook once more
-
-
 def hand(chosen: float, rejected: float, beta: float) -> byhand.ByHand:
     """A pair of one token an answer, with these log-ratios."""
     policy = {"chosen": torch.tensor([chosen]), "rejected": torch.tensor([rejected])}
     return byhand.ByHand(policy, dict.fromkeys(policy, torch.zeros(1)), beta)
-
-
-@pytest.mark.parametrize("beta", [0.05, 0.5])
-def test_a_loss_of_a_tenth_is_so_many_nats_away(beta):
-    assert hand(slider.nats_apart(beta), 0.0, beta).loss.item() == pytest.approx(0.1, abs=1e-5)
 
 
 def test_weights_in_memory_are_what_the_plan_and_the_model_say(tiny_cfg, tiny_llama3):
