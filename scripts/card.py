@@ -17,10 +17,10 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 
 from scripts.base import RecipeError
 from scripts.config import Config
-from scripts.evaluate import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
 from scripts.licences import Terms
 from scripts.origins import read_origins
 from scripts.pairs.sources import local_path
+from scripts.tables import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
 
 # What of a config a reader can learn from; places, accounts and reporting are left out.
 SETTINGS = (

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from scripts.base import RecipeError
 from scripts.doctor import RunFolder, read_run
-from scripts.evaluate import MEASURES, compared, show
 from scripts.plots import compared_runs, save
+from scripts.tables import MEASURES, compared, with_interval
 from scripts.values import is_harmless
 
 # Of the training log: the mean of its last fifth.
@@ -119,19 +119,21 @@ def _measured(
     """The tuned models' figures; adds to `remarks` why there is no change, if there is none."""
     (a, one), (b, other) = runs.items()
     rows = {
-        text: {name: show(run.evaluation[key]) for name, run in runs.items()}
+        text: {name: with_interval(run.evaluation[key]) for name, run in runs.items()}
         for key, text in HELD_OUT.items()
     }
     frame = _same_prompts(folders)
     if frame is not None:
         for key, found in compared(frame, "one", "other").items():
-            figures = {a: show(found["one"]), b: show(found["other"])}
-            rows[MEASURES[key]] = figures | {"change": show(found["change"], signed=True)}
+            figures = {a: with_interval(found["one"]), b: with_interval(found["other"])}
+            rows[MEASURES[key]] = figures | {"change": with_interval(found["change"], signed=True)}
         return rows
     remarks.append("The runs replied to different prompts: there is no change prompt by prompt.")
     for key, text in MEASURES.items():
         if all(key in run.evaluation["measures"] for run in (one, other)):
-            rows[text] = {n: show(r.evaluation["measures"][key]["tuned"]) for n, r in runs.items()}
+            rows[text] = {
+                n: with_interval(r.evaluation["measures"][key]["tuned"]) for n, r in runs.items()
+            }
     return rows
 
 

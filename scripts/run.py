@@ -39,11 +39,11 @@ from scripts.base import CTRL_C, ROOT, STOPPED, RecipeError
 from scripts.checkpoints.lock import HELD_BY_PARENT
 from scripts.checkpoints.store import newest_whole
 from scripts.config import Config, config_from_args, parse_overrides
-from scripts.evaluate import evaluation_table
 from scripts.headless import ENGINE, section
 from scripts.memory import GB
 from scripts.planning.hardware import memory_table, on_gpu
 from scripts.run_folder import settle
+from scripts.tables import evaluation_table
 
 NOTEBOOK = ROOT / "notebooks" / "llama3_dpo.ipynb"
 CLEAR = ("TrainingError", "Stopped")  # errors that say themselves what is kept

@@ -22,11 +22,11 @@ import requests
 from scripts.base import RecipeError
 from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
-from scripts.evaluate import MEASURES
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.judges import CONNECT, FIRST, Endpoint
 from scripts.probes import Probe, drawn, main_probe
 from scripts.shipping.forms import kept_replies, measured
+from scripts.tables import MEASURES
 
 TRIES = 3  # for an answer that is no chat completion
 

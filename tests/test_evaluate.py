@@ -28,21 +28,14 @@ from transformers import (
 
 from scripts.data import load_preferences
 from scripts.evaluate import (
-    BASELINES,
     PARTIAL,
-    _generate,
-    baselines_table,
-    checked_wins,
-    compared,
     evaluate,
-    evaluation_table,
     implicit_rewards,
     judged_wins,
-    losses,
     pair_logps,
+    replies_that_fit,
     restore_reference,
     save_evaluation,
-    side_by_side,
 )
 from scripts.export import completion_logps
 from scripts.intervals import AIMS, MET, MISSED, QUESTION_AIMS, TOO_FEW, bootstrap
@@ -54,6 +47,15 @@ from scripts.pairs.text import are_facts
 from scripts.planning.memory import process_gb
 from scripts.plots import before_after
 from scripts.probes import pick_prompts
+from scripts.tables import (
+    BASELINES,
+    baselines_table,
+    checked_wins,
+    compared,
+    evaluation_table,
+    losses,
+    side_by_side,
+)
 from scripts.training import assemble
 
 
@@ -403,13 +405,13 @@ def test_replies_that_memory_does_not_hold_are_had_fewer_at_a_time(tiny_run, cap
 
     hook = trainer.model.get_input_embeddings().register_forward_pre_hook(full)
     replies = [{"role": "user", "content": word} for word in ("Why?", "Why not?", "How so?")]
-    made = _generate(trainer, cfg, trainer.model, [[r] for r in replies], None, "tuned")
+    made = replies_that_fit(trainer, cfg, trainer.model, [[r] for r in replies], None, "tuned")
     assert len(made) == 3 and sizes[0] == 3 and set(sizes[2:]) == {1}
-    assert "out of memory; once more, 1 replies at a time" in capsys.readouterr().out
+    assert "out of memory; trying again with 1 replies at a time" in capsys.readouterr().out
     hook.remove()
     trainer.model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        _generate(trainer, cfg, trainer.model, [[r] for r in replies], None, "tuned")
+        replies_that_fit(trainer, cfg, trainer.model, [[r] for r in replies], None, "tuned")
 
 
 def test_one_prompt_is_evaluated_without_an_interval(tiny_cfg, tmp_path):

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from scripts.adapter import refuse_other_base
 from scripts.base import RecipeError
 from scripts.config import Config
-from scripts.evaluate import MEASURES
 from scripts.hub import fetch
 from scripts.model import free_memory, load_model
 from scripts.pairs.generation import generate_replies
 from scripts.probes import Probe, drawn
+from scripts.tables import MEASURES
 
 SHOWN = ("exact", "first", "facts")  # of the measures of a reply, what the tables show
 
