@@ -37,7 +37,7 @@ COMMANDS = {
     "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
     "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
-    "launchable": "check, render, create and update the Brev launchable",
+    "launchable": "check the Brev launchable, and print the clicks that make it",
 }
 
 

@@ -1,6 +1,7 @@
-"""The container's start script, run for real: set up, show the log, hand the port to JupyterLab.
+"""The container's start, run for real: clone, set up, show the log, hand the port to JupyterLab.
 
-What it would fetch comes from stand-ins: apt-get, dpkg and gcc on PATH, a git repository on disk.
+What it would fetch comes from stand-ins: apt-get, dpkg, gcc and nvidia-smi on PATH, a git
+repository on disk. The command is the one in brev-launchable.yaml.
 """
 
 import os
@@ -16,9 +17,13 @@ from contextlib import suppress
 from urllib.error import URLError
 
 import pytest
+import yaml
 
 from scripts.base import ROOT
-from scripts.launchable.rendering import START_SCRIPT
+
+START_SCRIPT = ROOT / "scripts" / "start.sh"
+SERVICE = yaml.safe_load((ROOT / "brev-launchable.yaml").read_text())["services"]["recipe"]
+PASSWORD = "my-own-password"
 
 JUPYTER = """#!{python}
 import http.server, os, sys
@@ -47,6 +52,7 @@ def recipe(tmp_path):
     def make(setup, **files):
         folder = tmp_path / "origin"
         executable(folder / "scripts" / "setup.sh", setup)
+        executable(folder / "scripts" / "start.sh", START_SCRIPT.read_text())
         for name, text in files.items():
             (folder / name.replace("_", ".")).write_text(text)
         git = ["git", "-c", "user.name=n", "-c", "user.email=e@e", "-C", str(folder)]
@@ -59,7 +65,7 @@ def recipe(tmp_path):
 
 
 class Container:
-    """The start script in a folder of its own, as the container runs it."""
+    """The Compose file's command in a folder of its own, as the container runs it."""
 
     def __init__(self, folder, repository, **env):
         self.workspace = folder / "workspace"
@@ -69,18 +75,26 @@ class Container:
             self.port = probe.getsockname()[1]
         log = f'echo "$(basename "$0") $*" >>{folder}/called\n'
         stubs = folder / "stubs"
-        for name, status in (("apt-get", 0), ("dpkg", 1), ("gcc", 0)):
+        for name, status in (("apt-get", 0), ("dpkg", 1), ("gcc", 0), ("nvidia-smi", 9)):
             if not (stubs / name).exists():
                 executable(stubs / name, f"#!/bin/bash\n{log}exit {status}\n")
         path = f"{stubs}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         self.log, self.called = folder / "container.log", folder / "called"
+        command = [part.replace("$$", "$") for part in SERVICE["command"]]
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
-                ["bash", "-c", START_SCRIPT.read_text()],
+                command, cwd=self.workspace,
                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                env={"PATH": path, "HOME": str(folder), "WORKSPACE": str(self.workspace),
-                     "PORT": str(self.port), "REPOSITORY": repository} | env,
+                env={"PATH": path, "HOME": str(folder), "PORT": str(self.port), "RETRY": "0",
+                     "REPOSITORY": repository, "JUPYTER_TOKEN": PASSWORD} | env,
             )  # fmt: skip
+
+    def wait_for_log(self, text):
+        for _ in range(400):
+            if text in self.log.read_text():
+                return self.log.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"{text!r} not in the log:\n{self.log.read_text()}")
 
     def get(self, path="/"):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
@@ -132,68 +146,84 @@ def test_the_log_is_shown_until_jupyterlab_has_the_port(tmp_path, recipe, start)
     setup = good_setup(f'echo "Collecting trl <2"; while [ ! -e {go} ]; do sleep 0.05; done')
     container = start(recipe(setup))
     page = container.wait_for("Collecting trl &lt;2", "/lab/tree/any.ipynb")
-    assert "cloning file://" in page and "installing git, a compiler" in page
+    assert "installing a compiler" in page and "<button>" not in page
     assert container.get()[0]["X-Setup"] == "running"
     go.touch()
     assert container.wait_for("the notebook") == "the notebook"
     log = container.log.read_text()
-    assert f"--ip 0.0.0.0 --port {container.port}" in log
+    assert f"--ip 0.0.0.0 --port {container.port} --ServerApp.port_retries=0" in log
     assert f"folder: {container.workspace}/recipe" in log
     called = container.called.read_text()
-    assert re.search(r"apt-get install .* git gcc libc6-dev python3-dev python3-venv\n", called)
+    assert re.search(r"apt-get install .* gcc libc6-dev python3-dev python3-venv\n", called)
 
 
-def test_without_a_token_one_is_made_up_printed_and_kept(tmp_path, recipe, start):
-    repository = recipe(good_setup())
-    tokens = set()
-    for given in ("", "${JUPYTER_TOKEN}"):  # the second: a placeholder that nobody filled in
-        container = start(repository, JUPYTER_TOKEN=given, HF_TOKEN="hf_1", WANDB_API_KEY="")
-        container.wait_for("the notebook")
-        log = container.log.read_text()
-        asked = re.search(r"JupyterLab asks for this token: (\w{48})\n", log)[1]
-        assert f"token: {asked} arguments" in log  # what JupyterLab was started with
-        assert "recipe True False" in log  # what was not given is no variable
-        assert asked not in (container.workspace / "setup.log").read_text()
-        tokens.add(asked)
-        container.stop()
-    assert len(tokens) == 1
-    assert (container.workspace / ".jupyter-token").stat().st_mode & 0o077 == 0
+@pytest.mark.parametrize(
+    "given", ["", "short", "${JUPYTER_TOKEN}"]
+)  # the last: nobody filled it in
+def test_without_a_password_no_port_is_opened(recipe, start, given):
+    container = start(recipe(good_setup()), JUPYTER_TOKEN=given)
+    log = container.wait_for_log("JUPYTER_TOKEN must have 8 characters or more")
+    assert "installing" not in log
+    with pytest.raises(URLError):
+        container.get()
+    assert container.process.poll() is None  # or Docker would start it again and again
 
 
-def test_a_token_that_was_chosen_opens_it_and_is_not_printed(recipe, start):
-    container = start(recipe(good_setup()), JUPYTER_TOKEN="my-own")
+def test_the_password_opens_jupyterlab_and_is_not_printed(recipe, start):
+    container = start(recipe(good_setup()), HF_TOKEN="hf_1", WANDB_API_KEY="")
     container.wait_for("the notebook")
     log = container.log.read_text()
-    assert "token: my-own arguments" in log and "asks for this token" not in log
+    assert f"token: {PASSWORD} arguments" in log  # the stand-in for JupyterLab prints it
+    assert log.count(PASSWORD) == 1
+    assert "recipe True False" in log  # what was not given is no variable
 
 
-def test_a_failure_stays_readable_and_the_container_stays_up(tmp_path, recipe, start):
+def test_a_failed_set_up_is_tried_three_times_then_at_the_press_of_a_button(
+    tmp_path, recipe, start
+):
+    fails = f"echo x >>{tmp_path}/tries; [ -e {tmp_path}/mended ] || {{ echo no network; exit 1; }}"
+    container = start(recipe(good_setup(fails)))
+    page = container.wait_for("<button>Try again</button>", "/lab")
+    assert page.count("no network") == 3 and "FAILED three times" in page
+    assert "no network" in container.log.read_text()  # `docker logs` has it too
+    assert (tmp_path / "tries").read_text().count("x") == 3
+    (tmp_path / "mended").touch()
+    assert container.process.poll() is None
+    urllib.request.urlopen(f"http://127.0.0.1:{container.port}/", data=b"", timeout=5).close()
+    container.wait_for("the notebook")
+    assert (tmp_path / "tries").read_text().count("x") == 4
+
+
+def test_pips_own_words_stay_readable(recipe, start):
     setup = (ROOT / "scripts" / "setup.sh").read_text()  # the real one, and the real pip
     repository = recipe(
         setup,
         requirements_txt="no-such-package-of-this-recipe==1\n",
         requirements_lock="six==1.17.0\n",
     )
-    container = start(repository, PIP_NO_INDEX="1", SYSTEM_TORCH="1", HF_TOKEN="hf_secret")
-    page = container.wait_for("FAILED: the reason stands above")
+    container = start(repository, PIP_NO_INDEX="1", HF_TOKEN="hf_secret")
+    page = container.wait_for("FAILED three times")
     assert "No matching distribution found for no-such-package-of-this-recipe" in page
-    assert "FAILED" in container.wait_for("FAILED", "/lab")
-    assert container.process.poll() is None  # nothing for Docker to restart
-    assert "No matching distribution" in container.log.read_text()  # `docker logs` has it too
 
 
 def test_secrets_do_not_show_in_the_log(recipe, start):
     setup = '#!/bin/bash\necho "token $HF_TOKEN and $JUPYTER_TOKEN"; exit 1\n'
-    container = start(recipe(setup), HF_TOKEN="hf_secret", JUPYTER_TOKEN="my-own")
+    container = start(recipe(setup), HF_TOKEN="hf_secret")
     page = container.wait_for("FAILED")
-    assert "token *** and ***" in page and "hf_secret" not in page and "my-own" not in page
+    assert "token *** and ***" in page and "hf_secret" not in page and PASSWORD not in page
 
 
 def test_a_failing_apt_is_a_failure(tmp_path, recipe, start):
     executable(tmp_path / "stubs" / "apt-get", "#!/bin/bash\necho 'E: no network'; exit 100\n")
     container = start(recipe(good_setup()))
     assert "E: no network" in container.wait_for("FAILED")
-    assert not (container.workspace / "recipe").exists()
+
+
+def test_a_clone_that_fails_ends_the_container_so_that_docker_tries_again(tmp_path, start):
+    container = start(f"file://{tmp_path}/nowhere")
+    assert container.process.wait(timeout=20) != 0
+    assert "nowhere" in container.log.read_text()
+    assert SERVICE["restart"] == "unless-stopped"
 
 
 def test_a_restart_installs_and_clones_nothing_twice(tmp_path, recipe, start):
@@ -207,16 +237,39 @@ def test_a_restart_installs_and_clones_nothing_twice(tmp_path, recipe, start):
     mark.touch()
     second = start(repository)
     second.wait_for("the notebook")
-    assert mark.exists() and "cloning" not in second.log.read_text()
-    assert not second.called.exists()  # apt-get was never asked: everything was there
+    assert mark.exists() and "Cloning" not in second.log.read_text()
+    assert "apt-get" not in second.called.read_text()  # everything was there
 
 
-def test_shellcheck_finds_nothing():
-    if not (shellcheck := shutil.which("shellcheck")):
-        pytest.skip("shellcheck is not installed")
-    done = subprocess.run([shellcheck, str(START_SCRIPT)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize(
+    ("memory", "config"),
+    [
+        ("81920", "llama3-8b-a100-short"),
+        ("143771", "llama3-8b-a100-short"),
+        ("40960", "llama3-8b-a100-40gb-short"),
+        ("23034", "llama3-8b-24gb"),
+        ("15360", "smollm2-135m-cpu"),
+        ("[N/A]", "smollm2-135m-cpu"),
+        (None, "smollm2-135m-cpu"),
+    ],
+)
+def test_the_config_fits_the_gpu(tmp_path, recipe, start, memory, config):
+    assert (ROOT / "configs" / f"{config}.yaml").is_file()
+    if memory:
+        executable(tmp_path / "stubs" / "nvidia-smi", f"#!/bin/bash\necho '{memory}'\n")
+    container = start(recipe(good_setup()))
+    assert f"the notebook uses configs/{config}.yaml" in container.wait_for_log("starting")
 
 
-def test_the_script_is_well_formed():
-    assert subprocess.run(["bash", "-n", str(START_SCRIPT)]).returncode == 0
+def test_a_config_that_is_given_is_taken(recipe, start):
+    container = start(recipe(good_setup()), DPO_CONFIG="configs/llama3-8b-a100.yaml")
+    assert "uses configs/llama3-8b-a100.yaml (" in container.wait_for_log("starting")
+
+
+@pytest.mark.parametrize("name", ["start", "setup", "run", "test", "refresh"])
+def test_the_shell_scripts_are_well_formed(name):
+    path = ROOT / "scripts" / f"{name}.sh"
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    if shellcheck := shutil.which("shellcheck"):
+        done = subprocess.run([shellcheck, path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

@@ -1,1 +1,0 @@
-"""The Brev launchable of `brev-launchable.yaml`: check it, render it, create and update it."""
