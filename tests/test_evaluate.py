@@ -14,17 +14,8 @@ import torch
 from conftest import PAIRS, explicit, token_rows, write_jsonl
 from datasets import Dataset
 from huggingface_hub import constants
-from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
-    MistralConfig,
-    OpenAIGPTConfig,
-)
+from transformers import AutoModelForCausalLM
 
 from scripts.data import load_preferences
 from scripts.evaluate import (
@@ -38,15 +29,12 @@ from scripts.evaluate import (
     save_evaluation,
 )
 from scripts.export import completion_logps
-from scripts.intervals import AIMS, MET, MISSED, QUESTION_AIMS, TOO_FEW, bootstrap
+from scripts.intervals import QUESTION_AIMS, TOO_FEW
 from scripts.model import load_model, load_tokenizer
-from scripts.pairs import generation
 from scripts.pairs.generation import generate_replies
 from scripts.pairs.judges import Endpoint
-from scripts.pairs.text import are_facts
 from scripts.planning.memory import process_gb
 from scripts.plots import before_after
-from scripts.probes import pick_prompts
 from scripts.tables import (
     BASELINES,
     baselines_table,
@@ -57,89 +45,6 @@ from scripts.tables import (
     side_by_side,
 )
 from scripts.training import assemble
-
-
-def test_bootstrap_brackets_the_mean():
-    values = np.random.default_rng(1).normal(10, 3, 200)
-    figure = bootstrap(values)
-    assert figure["low"] < figure["mean"] < figure["high"]
-    # 1.96 standard errors either side, within what 10,000 draws scatter
-    assert figure["high"] - figure["low"] == pytest.approx(3.92 * 3 / 200**0.5, rel=0.2)
-    assert bootstrap(values) == figure  # no dice
-
-
-def test_pairs_of_one_prompt_are_drawn_together():
-    """Saying each value three times adds no information, so the interval must not narrow."""
-    once = np.random.default_rng(2).normal(size=40)
-    thrice = np.repeat(once, 3)
-    names = [str(i) for i in np.repeat(np.random.default_rng(3).permutation(40), 3)]
-    alone, clustered = bootstrap(once), bootstrap(thrice, prompts=names)
-    assert clustered["mean"] == pytest.approx(alone["mean"])
-    width = alone["high"] - alone["low"]
-    assert clustered["high"] - clustered["low"] == pytest.approx(width, rel=0.05)
-    assert clustered["prompts"] == 40
-    as_if_independent = bootstrap(thrice)
-    assert as_if_independent["high"] - as_if_independent["low"] < 0.7 * width
-
-
-def test_prompts_with_more_pairs_weigh_more():
-    figure = bootstrap([1, 1, 1, 0], prompts=["a", "a", "a", "b"])
-    assert figure["mean"] == 0.75  # over pairs, as accuracy is
-    assert (figure["low"], figure["high"]) == (0, 1)
-
-
-def test_a_share_of_a_sum():
-    base, tuned = np.array([100, 10, 40]), np.array([50, 10, 20])
-    figure = bootstrap(base - tuned, per=base)
-    assert figure["mean"] == pytest.approx(1 - 80 / 150)
-    assert (figure["low"], figure["high"]) == (0, 0.5)  # the same prompt three times
-
-
-def test_degenerate_values_have_a_figure():
-    assert bootstrap([3.0]) == {"mean": 3, "low": None, "high": None, "prompts": 1}
-    assert bootstrap([1, 0], prompts=["a", "a"])["low"] is None
-    assert bootstrap([2.0] * 50) == {"mean": 2, "low": 2, "high": 2, "prompts": 50}
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap([])
-
-
-@pytest.mark.parametrize("aim", AIMS, ids=lambda aim: aim.figure)
-def test_little_data_meets_no_aim(aim):
-    """Four prompts, whatever they show: a loss, a gain, or nothing at all."""
-    for values in ([-0.37, -0.9, 0.1, -0.3], [0.9, 0.8, 0.9, 1.0], [0.0] * 4, [1.0] * 4, [0.5]):
-        assert aim.verdict(bootstrap(values)) == TOO_FEW
-
-
-def test_a_margin_is_met_missed_or_open():
-    facts = next(aim for aim in AIMS if aim.figure == "facts")
-    noise = np.random.default_rng(4).normal(0, 0.1, 400)
-    assert facts.verdict(bootstrap(noise)) == MET
-    assert facts.verdict(bootstrap(noise - 0.37)) == MISSED
-    assert facts.verdict(bootstrap(noise - 0.05)) == TOO_FEW
-    wide = bootstrap(np.tile([-0.5, 0.5], 20))  # reaches above 0, and far below the margin
-    assert wide["high"] > 0 and facts.verdict(wide) == TOO_FEW
-    repeated = next(aim for aim in AIMS if aim.figure == "repeated")  # here more is worse
-    assert repeated.verdict(bootstrap(noise - 0.37)) == MET
-    assert repeated.verdict(bootstrap(noise + 0.37)) == MISSED
-
-
-@pytest.mark.parametrize("prompts", [30, 60])
-def test_a_loss_beyond_the_margin_is_rarely_called_met(prompts):
-    """True loss just at the margin, on shares like those of key facts: met in few of 300 runs."""
-    facts = next(aim for aim in AIMS if aim.figure == "facts")
-    rng, met = np.random.default_rng(6), 0
-    for _ in range(300):
-        change = rng.choice([-1, -0.5, 0, 0.5, 1], prompts, p=[0.1, 0.2, 0.45, 0.2, 0.05])
-        met += facts.verdict(bootstrap(change, draws=500)) == MET
-    assert met / 300 < 0.06  # 2.5% is nominal
-
-
-def test_prompts_are_drawn_by_seed_once_each_and_in_order():
-    prompts = [[{"role": "user", "content": str(i % 50)}] for i in range(100)]
-    assert pick_prompts(prompts, None, 0) == pick_prompts(prompts, 60, 0) == list(range(50))
-    some = pick_prompts(prompts, 10, 0)
-    assert some == sorted(set(some)) == pick_prompts(prompts, 10, 0) and len(some) == 10
-    assert some != list(range(10)) and some != pick_prompts(prompts, 10, 1)
 
 
 def test_implicit_rewards_by_hand():
@@ -210,83 +115,16 @@ def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
     path = cfg.model.model_name_or_path
     model, tokenizer = load_model(cfg, path), load_tokenizer(path)
     prompts = [[{"role": "user", "content": "x" * n}] for n in (40, 3, 17)]
-    kwargs = {"max_new_tokens": 8}
-    batched = generate_replies(model, tokenizer, prompts, batch_size=3, **kwargs)
-    single = [generate_replies(model, tokenizer, [p], batch_size=1, **kwargs)[0] for p in prompts]
-    assert [(r.ids, r.prompt_ids) for r in batched] == [(r.ids, r.prompt_ids) for r in single]
-    assert "\n\nxxx<|eot_id|>" in tokenizer.decode(batched[1].prompt_ids)
-    assert all(not r.finished and r.length == 8 for r in batched)
-    with torch.no_grad():  # a head that can only say "end of turn"
-        model.lm_head.weight.zero_()
-        model.model.norm.weight.fill_(1.0)
-    model.generation_config.eos_token_id = [5, 0]  # every logit ties; greedy takes the first: 0
-    ended = generate_replies(model, tokenizer, prompts, batch_size=3, **kwargs)
-    assert all(r.finished and r.ids == [0] and r.length == 0 for r in ended)
-
-
-SMALL = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
-FAMILIES = {
-    "llama": (LlamaConfig(**GROUPED), True),
-    "sliding window": (MistralConfig(**GROUPED, sliding_window=6), True),
-    "learned positions": (GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=4), True),
-    "recurrent": (MambaConfig(vocab_size=80, hidden_size=32, num_hidden_layers=2), False),
-    "no cache": (OpenAIGPTConfig(vocab_size=80, n_embd=32, n_layer=2, n_head=4), False),
-    "positions by the longest row": (
-        LlamaConfig(
-            **GROUPED, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-        ),
-        False,
-    ),
-    "a cache of its own": (LlamaConfig(**GROUPED), False),
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_replies_that_have_ended_leave_the_batch_and_change_no_other(name, monkeypatch):
-    """Against every row alone and in one go; ends are spread by letting many tokens end a reply."""
-    config, shrinks = FAMILIES[name]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(3)  # so that replies differ
-    if name == "a cache of its own":
-        model.generation_config.cache_implementation = "dynamic"
-    drawn = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(8, 80, (n,), generator=drawn) for n in (9, 4, 7, 12, 5, 9, 3, 8)]
-    longest = max(map(len, prompts))
-    left = [(longest - len(prompt), 0) for prompt in prompts]
-    padded = {
-        "input_ids": torch.stack([pad(p, by) for p, by in zip(prompts, left, strict=True)]),
-        "attention_mask": torch.stack(
-            [pad(torch.ones_like(p), by) for p, by in zip(prompts, left, strict=True)]
-        ),
-    }
-
-    def settings(stops=(1,)):
-        return GenerationConfig(
-            max_new_tokens=30, do_sample=False, eos_token_id=list(stops), pad_token_id=0
-        )
-
-    if name in ("recurrent", "no cache"):  # no mask for padding: against the batch in one go
-        alone = model.generate(**padded, generation_config=settings())[:, longest:].tolist()
-    else:
-        alone = [
-            model.generate(prompt[None], generation_config=settings())[0, len(prompt) :].tolist()
-            for prompt in prompts
-        ]
-    stops = {1, alone[0][2], alone[1][13]}  # two of the tokens that the model says
-    expected = [
-        ids[: next((n + 1 for n, i in enumerate(ids) if i in stops), len(ids))] for ids in alone
-    ]
-    assert len({len(ids) for ids in expected}) > 1  # some end early, some late
-    batches = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, x: batches.append(len(x[0])))
-    monkeypatch.setattr(generation, "EVERY", 4)
-    found = generation._generate(model, padded, settings(stops))
-    assert [ids[: len(e)] for ids, e in zip(found, expected, strict=True)] == expected
-    assert all(set(ids[len(e) :]) <= {0} for ids, e in zip(found, expected, strict=True))
-    assert (min(batches) < len(prompts)) == shrinks
+    ask = partial(generate_replies, model, tokenizer, max_new_tokens=8, label=None)
+    whole = ask(prompts, batch_size=3)
+    assert "\n\nxxx<|eot_id|>" in tokenizer.decode(whole[1].prompt_ids)
+    assert all(not reply.finished and reply.length == 8 for reply in whole)
+    end = whole[0].ids[2]  # let one reply end early
+    model.generation_config.eos_token_id = [5, end]
+    batched = ask(prompts, batch_size=3)
+    assert batched == [ask([prompt], batch_size=1)[0] for prompt in prompts]
+    assert batched[0].finished and batched[0].length == 2 and batched[0].ids[-1] == end
+    assert not all(reply.finished for reply in batched)
 
 
 def test_an_untrained_adapter_changes_nothing(tiny_run):
@@ -441,12 +279,6 @@ def test_html_of_a_reply_is_escaped():
     row |= {f"{who}_{k}": 1 for who in ("base", "tuned") for k in ("length", "finished")}
     page = side_by_side(pd.DataFrame([row]))
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;i&gt;" in page
-
-
-def test_facts_in_another_form_are_not_measured():
-    assert are_facts([["Rayleigh"], ["scatter", "bounce"]]) and are_facts([])
-    for odd in (["Rayleigh"], [[""]], '[["Rayleigh"]]', [[]], [[1]]):
-        assert not are_facts(odd)
 
 
 def test_temperature_0_is_greedy(tiny_trainer):

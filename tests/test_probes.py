@@ -1,11 +1,12 @@
-"""Each kind of verifiable instruction, by a reply that follows it and one that does not."""
+"""Prompts are drawn by seed, and every kind of instruction is checked."""
 
 import json
 
 import pytest
 
 from scripts.base import ROOT
-from scripts.probes import CHECKS, follows
+from scripts.pairs.text import are_facts
+from scripts.probes import CHECKS, follows, pick_prompts
 
 CASES = {
     "at_most_words": (3, "One two three.", "One two three four."),
@@ -43,3 +44,17 @@ def test_the_projects_instructions_use_every_check_and_know_no_other():
     rows = [json.loads(line) for line in (ROOT / "data" / "instructions.jsonl").open()]
     assert {check["kind"] for row in rows for check in row["checks"]} == set(CHECKS)
     assert len({row["prompt"] for row in rows}) == len(rows) >= 60
+
+
+def test_prompts_are_drawn_by_seed_once_each_and_in_order():
+    prompts = [[{"role": "user", "content": str(i % 50)}] for i in range(100)]
+    assert pick_prompts(prompts, None, 0) == pick_prompts(prompts, 60, 0) == list(range(50))
+    some = pick_prompts(prompts, 10, 0)
+    assert some == sorted(set(some)) == pick_prompts(prompts, 10, 0) and len(some) == 10
+    assert some != list(range(10)) and some != pick_prompts(prompts, 10, 1)
+
+
+def test_facts_in_another_form_are_not_measured():
+    assert are_facts([["Rayleigh"], ["scatter", "bounce"]]) and are_facts([])
+    for odd in (["Rayleigh"], [[""]], '[["Rayleigh"]]', [[]], [[1]]):
+        assert not are_facts(odd)
