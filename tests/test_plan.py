@@ -12,12 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import llama3_tokenizer
-from matplotlib import pyplot as plt
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from scripts import plots
 from scripts.base import ROOT, RecipeError
 from scripts.config import load_config
 from scripts.data import load_preferences
@@ -382,19 +380,11 @@ def test_without_an_adapter_everything_is_trained_beside_a_reference(tiny_cfg):
     assert kept["optimiser"] == 8 * sizes.base
 
 
-def test_parts_add_up_to_the_peak_and_paged_memory_is_shown(llama):
+def test_parts_add_up_to_the_peak(llama):
     frame = memory_table(planned(A100), llama)
     assert frame.loc["peak"].round(6).equals(frame.drop("peak").sum().round(6))
     assert list(frame.columns) == ["load", "reference", "step", "evaluate", "merge"]
     assert frame.loc["merged model", "merge"] == pytest.approx(2 * 8_030_261_248 / GB)
-    figure = plots.plan_memory(frame)
-    axis = figure.axes[0]
-    assert PAGED in [text.get_text() for text in axis.get_legend().get_texts()]
-    hatched = {
-        bars.get_label() for bars in axis.containers if bars.patches[0].get_hatch() == "////"
-    }
-    assert hatched == {"runtime", PAGED}
-    plt.close(figure)
 
 
 def test_the_cache_is_as_large_as_the_one_that_generation_leaves(trained_llama):

@@ -1,9 +1,6 @@
 """The figures of the notebooks. Each function takes data and returns a matplotlib figure."""
 
-from scripts.plots.benchmark import benchmark
 from scripts.plots.concepts import loss_curve, pipelines
-from scripts.plots.data import data_check, pair_lengths
-from scripts.plots.evaluation import before_after
 from scripts.plots.lessons import (
     beta_surface,
     displacement,
@@ -12,10 +9,17 @@ from scripts.plots.lessons import (
     quantization,
     spectrum,
 )
-from scripts.plots.memory import memory_timeline, plan_memory
+from scripts.plots.run import (
+    before_after,
+    benchmark,
+    compared_runs,
+    data_check,
+    memory_timeline,
+    pair_lengths,
+    training_curves,
+)
 from scripts.plots.style import described, save
 from scripts.plots.tokens import coloured_answers
-from scripts.plots.training import compared_runs, training_curves
 
 __all__ = [
     "before_after",
@@ -32,7 +36,6 @@ __all__ = [
     "memory_timeline",
     "pair_lengths",
     "pipelines",
-    "plan_memory",
     "quantization",
     "save",
     "spectrum",

@@ -1,6 +1,5 @@
-"""Memory is noted by phase, and the figures show the data they are given."""
+"""The figures show the data they are given, and can be read by everybody."""
 
-import mmap
 import re
 
 import numpy as np
@@ -15,7 +14,6 @@ from PIL import Image
 
 from scripts import plots
 from scripts.base import ROOT
-from scripts.memory import MemoryMonitor
 from scripts.pairs.checks import Report
 from scripts.plots.style import with_alt_text
 
@@ -24,22 +22,6 @@ from scripts.plots.style import with_alt_text
 def close_figures():
     yield
     plt.close("all")
-
-
-def test_a_phase_shows_the_memory_it_took():
-    monitor = MemoryMonitor(interval=0.01)
-    before = monitor.now()
-    monitor.phase("big")
-    block = mmap.mmap(-1, 100 * 1024**2)  # straight from the system: no block that was kept
-    block.write(b"x" * len(block))
-    monitor.phase("after")
-    block.close()
-    table = monitor.table()
-    frame = monitor.stop()
-    assert list(table.index) == ["start", "big", "after"]
-    assert table.loc["big", "peak GB"] >= before + 0.09
-    assert frame["seconds"].is_monotonic_increasing
-    assert len(frame) == len(monitor.frame())  # the thread has ended
 
 
 def steps(n: int = 30) -> pd.DataFrame:
@@ -119,7 +101,6 @@ def every_figure() -> dict:
         "training_curves": plots.training_curves(steps()),
         "compared_runs": plots.compared_runs({"a": steps(), "b": steps()}),
         "memory_timeline": plots.memory_timeline(frame, "process memory"),
-        "plan_memory": plots.plan_memory(pd.DataFrame({"step": {"adapter": 1.0, "peak": 1.0}})),
         "pipelines": plots.pipelines(),
         "loss_curve": plots.loss_curve(),
         "pair_lengths": plots.pair_lengths(lengths),
