@@ -29,16 +29,15 @@ from statistics import median
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl import DPOTrainer
 
 from scripts import plots
-from scripts.base import ROOT
+from scripts.base import ROOT, RecipeError
 from scripts.config import Config, load_config, parse_overrides
-from scripts.planning.flops import step_flops
-from scripts.planning.lengths import lengths_of, parse_case
-from scripts.planning.trial import require_sharing, trial_trainer
+from scripts.plan import parse_case, step_flops
 from scripts.run_log import RunLog
 from scripts.training import assemble
 
@@ -52,9 +51,61 @@ SHARED = "shared"  # the way that is no attention of TRL's trainer
 MEASURED = 3  # steps a process; the one before them warms up
 
 
+def random_pairs(vocabulary: int, sizes: tuple[int, int, int], count: int) -> Dataset:
+    """Pairs of random tokens, as TRL's trainer has them after tokenising: what a step costs does
+    not depend on what they say. `sizes` are the tokens of prompt, chosen and rejected."""
+    random = np.random.default_rng(0)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [
+        {k: random.integers(0, vocabulary, n).tolist() for k, n in zip(names, sizes, strict=True)}
+        for _ in range(count)
+    ]
+    return Dataset.from_list(rows)
+
+
+def trial_trainer(cfg: Config, sizes: tuple[int, int, int] | None, count: int = 0) -> DPOTrainer:
+    """The trainer of `cfg` over `count` pairs of random tokens, or, without `sizes`, over its data.
+
+    Raises:
+        RecipeError: as `require_sharing`.
+    """
+    pairs = None
+    if sizes:  # TRL tokenises text when it builds a trainer; what it trains on is replaced below
+        texts = {"prompt": "Is it so?", "chosen": "Yes, it is.", "rejected": "No, not at all."}
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        pair = {side: [{"role": roles[side], "content": text}] for side, text in texts.items()}
+        pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([pair])))
+    run = assemble(cfg, pairs)
+    run.trainer.remove_callback(RunLog)  # a trial leaves the log of a real run alone
+    require_sharing(run.trainer, cfg)
+    if sizes:
+        run.trainer.train_dataset = random_pairs(len(run.tokenizer), sizes, count)
+    return run.trainer
+
+
+def require_sharing(trainer: DPOTrainer, cfg: Config) -> None:
+    """What is measured as prefix sharing must not have gone TRL's way.
+
+    Raises:
+        RecipeError: the config wants prefix sharing, and the trainer has refused it.
+    """
+    refusal = getattr(trainer, "refusal", None)
+    if cfg.recipe.prefix_sharing and refusal:
+        raise RecipeError(f"nothing is measured: {refusal}; set prefix_sharing=false")
+
+
+def lengths_of(batch: dict) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected of a batch of TRL's collator, (pairs, 3)."""
+    answers = batch["completion_mask"].sum(1).cpu().numpy()
+    whole = batch["attention_mask"].sum(1).cpu().numpy()
+    half = len(answers) // 2
+    return np.stack([(whole - answers)[:half], answers[:half], answers[half:]], axis=1)
+
+
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in a product of two 2048 x 2048 matrices, the median of ten."""
-    a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    """Operations a second in a product of two large square matrices, the median of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(12):
         _wait(device)
@@ -62,7 +113,7 @@ def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / median(seconds[2:])
+    return 2 * size**3 / median(seconds[2:])
 
 
 def _wait(device: torch.device) -> None:
@@ -131,22 +182,19 @@ def measure(
     values = {"prefix_sharing": attention is None, "max_steps": steps, "report_to": "none"}
     values |= {"save_strategy": "no", "eval_strategy": "no", "logging_steps": 100}
     values |= {"attn_implementation": attention} if attention else {}
+    sizes, count = None, 0
     if case != "data":
-        prompt, chosen, rejected, size = parse_case(case)
-        values |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
+        *sizes, count = parse_case(case)
+        values |= {"per_device_train_batch_size": count, "gradient_accumulation_steps": 1}
         # Nothing is cut: neither these pairs, nor the one that the trainer is built with.
-        values["max_length"] = max(prompt + max(chosen, rejected), 256)
-    cfg = load_config(config, overrides | values)
-    if case == "data":
-        trainer = assemble(cfg).trainer
-        trainer.remove_callback(RunLog)
-        require_sharing(trainer, cfg)
-    else:
-        trainer = trial_trainer(cfg, (prompt, chosen, rejected), size * steps)
+        values["max_length"] = max(sizes[0] + max(sizes[1:]), 256)
+    trainer = trial_trainer(load_config(config, overrides | values), sizes, count * steps)
     device = trainer.accelerator.device
     recorder = StepRecorder(trainer)
     limit = matmul_limit(device, torch.bfloat16)
     before = peak_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # loading's peak is no step's
     with profiler or nullcontext():
         trainer.train()
     lora = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)

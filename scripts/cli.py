@@ -36,7 +36,6 @@ COMMANDS = {
     "compare": "show two runs side by side: settings, figures with intervals, curves",
     "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
     "benchmark": "time and memory of a DPO step against TRL's own trainer",
-    "acceptance": "in twenty minutes, measure what this project says of a GPU, in one report",
     "launchable": "check the Brev launchable, and print the clicks that make it",
 }
 
@@ -171,7 +170,7 @@ WITHOUT_CONFIG = ("doctor", "compare")  # which are not about a run to be made
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command `name`, from `arguments` or the command line.
 
-    `data`, `plan` and `export` have actions of their own, a first word with options of its own; the
+    `data` and `export` have actions of their own, a first word with options of its own; the
     namespace names it as `action`.
     """
     if arguments is None:
@@ -196,7 +195,6 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
 # The action that goes without saying, and all there are.
 ACTIONS = {
     "data": ("look", ("look", "check", "build")),
-    "plan": ("run", ("run", "validate")),
     "export": ("merge", ("merge", "prove", "gguf", "serve-files", "push")),
     "serve": ("check", ("check",)),
 }
@@ -350,15 +348,6 @@ def _lessons(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=64, help="cap on a reply")
 
 
-def _acceptance(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    parser.set_defaults(config=None)  # the short 8B config on a GPU, else the default
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="what to run on")
-    add("--minutes", type=number(0, 1e6, above=True), default=20, help="stop after so long")
-    add("--parts", nargs="*", help="only these: prepare, plan, tests, simulation, benchmark, "
-        "'end to end'")  # fmt: skip
-
-
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run,
     "training": _run,
@@ -376,5 +365,4 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compare": _compare,
     "lessons": _lessons,
     "benchmark": _benchmark,
-    "acceptance": _acceptance,
 }

@@ -30,7 +30,7 @@ from scripts.pairs.load import check_preferences
 from scripts.pairs.report import held_out_text, report_text
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import SIDES, templated, tokenize_pairs
-from scripts.planning.auto import settle_max_length
+from scripts.plan_memory import settle_max_length
 
 
 def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> DatasetDict:

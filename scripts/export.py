@@ -29,8 +29,7 @@ from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.pairs.tokens import tokenize_pairs
-from scripts.planning.exports import GGUF_KINDS, gguf_needs, merge_needs, require_room
-from scripts.planning.memory import model_sizes
+from scripts.plan_memory import require_room
 from scripts.probes import main_probe
 from scripts.progress import Progress
 from scripts.publish import push
@@ -128,16 +127,6 @@ def merge_adapter(
     return target, reloaded.to(getattr(torch, form.dtype)), report
 
 
-def _require_room(cfg: Config, args: argparse.Namespace) -> None:
-    """Refuse what memory or disk will not do; files for servers take neither."""
-    sizes = model_sizes(cfg)
-    if args.action in ("merge", "prove"):
-        require_room("the merge", merge_needs(cfg, sizes), cfg.run_dir)
-    for kind in args.types if args.action == "gguf" else ():
-        counted = kind if kind in GGUF_KINDS else "f16"  # at least as large as a quantized one
-        require_room(f"a GGUF file in {kind}", gguf_needs(cfg, sizes, counted), cfg.run_dir)
-
-
 def main(args: argparse.Namespace) -> None:
     if args.action == "push":
         return push(args)
@@ -147,7 +136,8 @@ def main(args: argparse.Namespace) -> None:
     if cfg.dpo.world_size > 1:
         raise RecipeError("a merge is the work of one process: python -m scripts.export ...")
     trained = require_adapter(cfg)
-    _require_room(cfg, args)
+    if args.action in ("merge", "prove"):
+        require_room(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     if args.action == "serve-files":

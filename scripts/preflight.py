@@ -32,32 +32,34 @@ from huggingface_hub import HfApi, constants, get_token
 from scripts.base import ROOT, RecipeError
 from scripts.config import Config, check_places, config_from_args
 from scripts.data import require_pairs
-from scripts.login import falls_back, hub_state, why_not
-from scripts.model import attention_problem, tokenizer_at_hand
-from scripts.pairs.load import check_preferences
-from scripts.planning.auto import estimate_max_length
-from scripts.planning.dataset import (
-    dataset_size,
-    estimated_lengths,
-    is_local,
-    kept_checkpoints,
-    training_steps,
-)
-from scripts.planning.hardware import checkpoint_bytes, needs, on_gpu
-from scripts.planning.machine import (
+from scripts.driver import (
     DriverError,
     driver_branch,
     driver_version,
     gpus_of_the_driver,
     needed_driver,
 )
-from scripts.planning.memory import (
+from scripts.login import falls_back, hub_state, why_not
+from scripts.model import attention_problem, tokenizer_at_hand
+from scripts.pairs.load import check_preferences
+from scripts.plan import (
+    checkpoint_bytes,
+    dataset_size,
+    estimated_lengths,
+    is_local,
+    kept_checkpoints,
+    training_steps,
+)
+from scripts.plan_memory import (
     GB,
     HELD,
     ModelSizes,
     architecture,
+    estimate_max_length,
     merged_bytes,
     model_sizes,
+    needs,
+    on_gpu,
     peak,
     stored,
 )

@@ -41,7 +41,7 @@ from scripts.checkpoints.store import newest_whole
 from scripts.config import Config, config_from_args, parse_overrides
 from scripts.headless import ENGINE, section
 from scripts.memory import GB
-from scripts.planning.hardware import memory_table, on_gpu
+from scripts.plan_memory import memory_table, on_gpu
 from scripts.run_folder import settle
 from scripts.tables import evaluation_table
 

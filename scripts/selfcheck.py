@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
-from scripts.planning.machine import gpus_of_the_driver
+from scripts.driver import gpus_of_the_driver
 
 LIBRARIES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate", "wandb",

@@ -13,11 +13,11 @@ from scripts.benchmark import (
     against_best,
     measure,
     profile,
+    require_sharing,
     summary,
     table,
     trl_attentions,
 )
-from scripts.planning.trial import require_sharing
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"
 

@@ -33,7 +33,7 @@ from scripts.intervals import QUESTION_AIMS, TOO_FEW
 from scripts.model import load_model, load_tokenizer
 from scripts.pairs.generation import generate_replies
 from scripts.pairs.judges import Endpoint
-from scripts.planning.memory import process_gb
+from scripts.plan_memory import process_gb
 from scripts.plots import before_after
 from scripts.tables import (
     BASELINES,

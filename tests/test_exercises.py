@@ -18,8 +18,8 @@ from scripts.doctor import diagnose, read_run
 from scripts.intervals import length_controlled
 from scripts.lessons import byhand, compression
 from scripts.pairs.report import length_bias
-from scripts.planning.dataset import training_steps
-from scripts.planning.memory import architecture, model_sizes
+from scripts.plan import training_steps
+from scripts.plan_memory import architecture, model_sizes
 from scripts.run import NOTEBOOK
 
 CELLS = {cell["id"]: "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]}

@@ -178,11 +178,11 @@ def hand(chosen: float, rejected: float, beta: float) -> byhand.ByHand:
 def test_weights_in_memory_are_what_the_plan_and_the_model_say(tiny_cfg, tiny_llama3):
     from transformers import AutoConfig
 
-    from scripts.planning.memory import model_sizes, stored
+    from scripts.plan_memory import model_sizes, stored
 
     cfg = tiny_cfg(load_in_4bit=True, dtype="bfloat16")
     parts = stored(cfg, model_sizes(cfg))
-    planned = parts["linear layers"] + parts["embeddings, norms, head"]
+    planned = parts["weights"]
     counted = compression.weights_gb(AutoConfig.from_pretrained(tiny_llama3))
     assert counted["GB in NF4"] * compression.GB == pytest.approx(planned, rel=1e-3)
     full = counted["GB in NF4"] / counted["NF4 / 16 bits"]

@@ -11,6 +11,7 @@ import yaml
 from conftest import explicit, write_jsonl
 from test_tokens import tokenizer_of, trl_rows
 
+from scripts import plan_memory
 from scripts.base import ROOT
 from scripts.config import load_config
 from scripts.data import load_preferences, require_pairs
@@ -19,8 +20,7 @@ from scripts.pairs.load import check_preferences, held_out_count
 from scripts.pairs.report import covering_length, held_out_text, report_text
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated, tokenize_pairs
-from scripts.planning import auto
-from scripts.planning.auto import choose_max_length
+from scripts.plan_memory import choose_max_length
 from scripts.preflight import FAIL, OK, WARN, dataset
 from scripts.run_folder import start_run
 from scripts.training import assemble
@@ -69,7 +69,7 @@ def test_the_chosen_length_covers_the_pairs_and_lands_in_the_run_folder(
     said = capsys.readouterr().out
     lengths = cfg.dpo.max_length
     assert f"max_length: {lengths}, chosen from the data: 9" in said
-    assert "Planned memory" in said and "TFLOP" in said
+    assert "Planned memory" in said
     assert lengths % 32 == 0 and 150 < lengths < 400
     assert run.trainer.data_collator.max_length == run.trainer.args.max_length == lengths
     saved = load_config(cfg.run_dir / "config.yaml")
@@ -84,13 +84,13 @@ def test_the_chosen_length_is_what_fits_the_memory(tiny_cfg, monkeypatch):
     lengths = np.full((100, 3), 1500)
     whole, _ = choose_max_length(cfg, lengths)
     assert whole == 2048  # the model's own limit is nearer than the 3,008 that would cover all
-    sizes = auto.model_sizes(cfg)
-    room = auto.planned(cfg, sizes, 1024) + 0.001
-    monkeypatch.setattr(auto, "memory_room", lambda cfg: (room, ""))
+    sizes = plan_memory.model_sizes(cfg)
+    room = plan_memory.planned_gb(cfg, sizes, 1024) + 0.001
+    monkeypatch.setattr(plan_memory, "memory_room", lambda cfg: (room, ""))
     length, said = choose_max_length(cfg, lengths)
     assert length in (1024, 1056)
-    assert auto.planned(cfg, sizes, length) <= room + 0.05
-    assert "would with per_device_train_batch_size: " in said
+    assert plan_memory.planned_gb(cfg, sizes, length) <= room + 0.05
+    assert "but do not fit; a smaller per_device_train_batch_size" in said
 
 
 def test_a_check_does_not_touch_the_config_of_another_run(tiny_cfg, tiny_llama3, tmp_path):

@@ -12,7 +12,7 @@ from scripts import hub as hub_client
 from scripts import preflight as module
 from scripts.base import ROOT
 from scripts.config import load_config
-from scripts.planning.machine import DriverError, driver_version, gpus_of_the_driver
+from scripts.driver import DriverError, driver_version, gpus_of_the_driver
 from scripts.preflight import (
     FAIL,
     OK,

@@ -16,15 +16,14 @@ from scripts.cli import COMMANDS
 ORDER = [
     "cli", "hosted", "values", "places", "rules", "config", "checkpoints", "hub", "measures",
     "pairs.reading", "plots", "monitoring", "origins", "login", "model", "generation",
-    "pairs.building", "sharing", "planning", "data", "adapter", "training", "planning.trying",
+    "pairs.building", "sharing", "driver", "plan_memory", "data", "adapter", "plan", "training",
     "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "licences", "card",
-    "publish", "shipping", "export", "serve", "chat", "plan", "benchmark", "headless", "run",
-    "repeat", "site", "selfcheck", "acceptance",
+    "publish", "shipping", "export", "serve", "chat", "benchmark", "headless", "run",
+    "repeat", "site", "selfcheck",
 ]  # fmt: skip
 BUILDING = {
     f"scripts.pairs.{name}" for name in ("build", "checker", "judges")
 }  # the part of pairs that needs a model
-TRYING = {"scripts.planning.trial", "scripts.planning.validate"}  # the part that trains
 APART = {"launchable"}  # a room that only the first may serve
 
 
@@ -57,8 +56,6 @@ def graph() -> dict[str, set[str]]:
 def room(module: str) -> str:
     if module in BUILDING:
         return "pairs.building"
-    if module in TRYING:
-        return "planning.trying"
     name = module.split(".")[1]
     return "pairs.reading" if name == "pairs" else name
 
@@ -114,7 +111,7 @@ def test_a_circle_and_an_upstream_arrow_would_be_seen(tmp_path):
     lazy.write_text("def f():\n    from scripts.run import execute\n    import scripts.benchmark\n")
     assert imported(lazy, modules()) == {"scripts.run", "scripts.benchmark"}
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
-    assert upstream({"scripts.planning.flops": {"scripts.benchmark"}}) != []
+    assert upstream({"scripts.plan": {"scripts.benchmark"}}) != []
     assert upstream({"scripts.launchable": {"scripts.config"}}) != []
     assert upstream({"scripts.pairs.formats": {"scripts.pairs.build"}}) != []
 
@@ -154,7 +151,7 @@ def test_the_launchable_needs_no_torch():
 
 @pytest.mark.parametrize(
     "command",
-    ["data check", "data build", "plan validate", "plan", "export push", "export gguf", "export",
+    ["data check", "data build", "plan", "export push", "export gguf", "export",
      "serve", "benchmark", "run"],
 )  # fmt: skip
 def test_help_tells_the_options_of_the_action(command):

@@ -54,8 +54,8 @@ CASES = [
 ]
 ALLOWED = 0.05
 # The parts of both, where simulation and plan do not divide alike.
-WEIGHTS = ("linear layers", "embeddings, norms, head", "reference model")
-PASSING = ("activations", "passing", "logits chunk")
+WEIGHTS = ("weights", "reference model")
+PASSING = ("activations", "passing", "logits")
 
 
 class SimulationError(Exception):

@@ -8,11 +8,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import scripts.sharing.trainer
+from scripts import plan_memory
+from scripts.benchmark import random_pairs
 from scripts.config import Config, load_config, parse_overrides
-from scripts.planning import memory as planning
-from scripts.planning.lengths import worst_lengths
-from scripts.planning.memory import architecture
-from scripts.planning.trial import random_pairs
+from scripts.plan_memory import Lengths, architecture, worst_lengths
 from scripts.quiet import quiet
 from scripts.training import build_trainer
 from tests import conftest
@@ -67,8 +66,8 @@ def trainer(cfg: Config, model, tokenizer, lengths: tuple[int, int, int], second
 
 def plan(cfg: Config, lengths: tuple[int, int, int]) -> dict[str, dict[str, float]]:
     """The plan's GB by phase and part, without the CUDA context."""
-    phases = planning.phases(cfg, planning.model_sizes(cfg), lengths, True, 0)
+    phases = plan_memory.phases(cfg, plan_memory.model_sizes(cfg), Lengths(*lengths), True, 0)
     return {
-        name: {part: size / planning.GB for part, size in parts.items() if part != "runtime"}
+        name: {part: size / plan_memory.GB for part, size in parts.items() if part != "runtime"}
         for name, parts in phases.items()
     }

@@ -207,7 +207,7 @@ OPTIONS = [
     "data build --prompts p --batch-size 0", "data build --prompts p --seed -1",
     "data build --prompts p --judge coin", "data build --prompts p --pairs-per-prompt 0",
     "data build --prompts p --least-gap x", "data build --prompts p --backend tgi",
-    "data build", "acceptance --minutes 0", "acceptance --minutes nan", "acceptance --device tpu",
+    "data build",
     "training --no-such-option", "run --resume=3",
 ]  # fmt: skip
 
@@ -367,7 +367,7 @@ def _build(**options: object) -> None:
 
 
 def _case(text: str) -> None:
-    from scripts.planning.lengths import parse_case
+    from scripts.plan import parse_case
 
     refused(lambda: parse_case(text), repr(text))
 

@@ -1,1 +1,0 @@
-"""What a GPU machine proves in twenty minutes: `python -m scripts.acceptance`."""
