@@ -4,7 +4,8 @@
     python -m scripts.chat --config outputs/<run>/config.yaml --web    # in a browser, needs gradio
 
 The model is the one that was trained and evaluated; with its adapter switched off it is the base.
-What you prefer is a pair in `choices.jsonl` of the run folder, which `scripts.data` reads.
+Which answer is whose you learn after you choose. Each choice is a pair in `choices.jsonl` of the
+run folder, which `scripts.data` reads and a run can train on.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ if __name__ == "__main__":
     ARGS = cli.parse("chat")  # before the libraries load, so that --help is answered at once
 
 import argparse
+import json
 import os
 import random
 import sys
-import threading
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,19 +31,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl.trainer.utils import use_adapter
 
 from scripts.adapter import refuse_other_base, require_adapter
-from scripts.base import RecipeError
+from scripts.base import RecipeError, one_line, write_whole
 from scripts.config import Config, config_from_args
 from scripts.login import someone_is_there
 from scripts.model import load_model, load_tokenizer, resolve_model
 from scripts.pairs.generation import Reply, generate_replies
-from scripts.pairs.provenance import digest, read_jsonl, write_whole
+from scripts.pairs.messages import Messages
+from scripts.pairs.provenance import digest, read_jsonl
 from scripts.quiet import quiet
 
 if TYPE_CHECKING:
     import gradio
 
 GRADIO = "pip install -r requirements-chat.txt"
-BOTH_BAD, SKIP = "both bad", "skip"
+LEFT, RIGHT, NEITHER = "left", "right", "neither"
 
 
 class ChatError(RecipeError):
@@ -53,7 +55,7 @@ class ChatError(RecipeError):
 class Turn:
     """A question with all that came before it, and both answers, the tuned one left or right."""
 
-    prompt: list[dict]
+    prompt: Messages
     base: Reply
     tuned: Reply
     tuned_left: bool
@@ -68,171 +70,96 @@ class Turn:
         """Whether there is nothing to choose."""
         return self.base.text == self.tuned.text
 
-    def whose(self, left: bool) -> str:
-        """`base` or `tuned`, of the left or the right answer."""
-        return "tuned" if left == self.tuned_left else "base"
 
-
-@dataclass
-class Talk:
-    """One reader's conversation: what was said, and the turn that waits for a choice."""
-
-    messages: list[dict] = field(default_factory=list)
-    turn: Turn | None = None
-
-
-class Models:
-    """Base and tuned model of a finished run; they answer one at a time, whoever asks."""
+class Chat:
+    """Base and tuned model of a run, and the file that takes the reader's choices."""
 
     def __init__(
         self, cfg: Config, tuned: PreTrainedModel | PeftModel, base: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:  # fmt: skip
         self.cfg, self.tuned, self.base, self.tokenizer = cfg, tuned, base, tokenizer
-        self.lock = threading.Lock()
+        self.path = cfg.run_dir / "choices.jsonl"
 
-    def answers(self, prompt: list[dict]) -> tuple[Reply, Reply]:
-        """The replies of base and tuned model to a list of messages, greedy as in the
-        evaluation."""
-        with self.lock:
-            off = use_adapter(self.tuned, None) if self.base is None else nullcontext()
-            with off:
-                base = self._reply(self.base or self.tuned, prompt)
-            return base, self._reply(self.tuned, prompt)
+    def ask(self, messages: Messages, question: str) -> Turn:
+        """Have both models answer `question` after `messages`, greedy as in the evaluation.
 
-    def _reply(self, model: PreTrainedModel, prompt: list[dict]) -> Reply:
+        Raises:
+            ChatError: nothing was asked.
+        """
+        if not question.strip():
+            raise ChatError("ask something first")
+        prompt = [*messages, {"role": "user", "content": question.strip()}]
+        with use_adapter(self.tuned, None) if self.base is None else nullcontext():
+            base = self._reply(self.base or self.tuned, prompt)
+        return Turn(prompt, base, self._reply(self.tuned, prompt), random.random() < 0.5)
+
+    def _reply(self, model: PreTrainedModel, prompt: Messages) -> Reply:
         length = self.cfg.recipe.max_new_tokens
         return generate_replies(
             model, self.tokenizer, [prompt], max_new_tokens=length, batch_size=1, label=None
         )[0]
 
+    def choose(self, turn: Turn, side: str) -> tuple[Messages, str]:
+        """Keep the choice `left` or `right`; `neither` takes the question back.
 
-def load_models(cfg: Config) -> Models:
+        Returns:
+            The conversation, which goes on with the better answer, and what became of the choice.
+
+        Raises:
+            RecipeError: the file of choices is damaged.
+        """
+        better = "tuned" if (side == LEFT) == turn.tuned_left else "base"
+        messages, kept = turn.prompt[:-1], ""
+        if side != NEITHER:
+            text = (turn.tuned if better == "tuned" else turn.base).text
+            messages = [*turn.prompt, {"role": "assistant", "content": text}]
+            kept = keep_choice(self.path, turn, better)
+        names = ("tuned", "base") if turn.tuned_left else ("base", "tuned")
+        return messages, f"A was the {names[0]} model, B the {names[1]} one. {kept}".strip()
+
+
+def keep_choice(path: Path, turn: Turn, better: str) -> str:
+    """Write down that `better` (`base` or `tuned`) gave the better answer; returns the tally.
+
+    The models answer greedily, so the same question has the same answers: a later choice between
+    them replaces the earlier one, and no pair stands twice or contradicts itself.
+    """
+    answers = {"base": turn.base.text, "tuned": turn.tuned.text}
+    if not all(text.strip() for text in answers.values()):
+        return "One answer is empty: no pair to train on, nothing kept."
+    worse = "base" if better == "tuned" else "tuned"
+    row = {"key": digest([turn.prompt, answers]), "prompt": turn.prompt}
+    for side, who in (("chosen", better), ("rejected", worse)):
+        row[side] = [{"role": "assistant", "content": answers[who]}]
+    row["chosen_from"] = better
+    earlier = read_jsonl(path, "key", "prompt", "chosen_from")
+    rows = [old for old in earlier if old["key"] != row["key"]] + [row]
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    chosen = [row["chosen_from"] for row in rows]
+    return f"So far: tuned preferred {chosen.count('tuned')} times, base {chosen.count('base')}."
+
+
+def load_chat(cfg: Config) -> Chat:
     """The run's model with its adapter; of a run without one, the base and the tuned model.
 
     Raises:
-        RecipeError: the run has not trained yet, or its model cannot be had.
+        RecipeError: the run has not trained yet, its choices are damaged, or its model could not be
+            loaded.
     """
     trained = require_adapter(cfg)
+    read_jsonl(cfg.run_dir / "choices.jsonl", "key", "prompt", "chosen_from")
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     model = load_model(cfg, path)
     if cfg.model.use_peft:
         refuse_other_base(trained, path)
-        return Models(cfg, PeftModel.from_pretrained(model, trained).eval(), None, tokenizer)
+        return Chat(cfg, PeftModel.from_pretrained(model, trained).eval(), None, tokenizer)
     tuned = AutoModelForCausalLM.from_pretrained(
         trained, dtype=model.dtype, device_map={"": cfg.dpo.device}, use_safetensors=True
     )
-    return Models(cfg, tuned.eval(), model.eval(), tokenizer)
-
-
-class Choices:
-    """What the reader preferred: pairs in `path`, and the rest beside it in `*.neither.jsonl`.
-
-    The rest are answers both bad, and those one of which is empty, which cannot be trained on.
-    Greedy answers to the same question are the same; a later choice between them takes the
-    earlier one's place, so that no pair stands twice or contradicts itself.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.neither = path, path.with_suffix(".neither.jsonl")
-        self.lock = threading.Lock()
-
-    def keep(self, turn: Turn, verdict: str) -> None:
-        """Write a verdict down: `tuned`, `base`, `both bad` or `skip`, which is kept nowhere.
-
-        Raises:
-            RecipeError: the file is damaged.
-        """
-        answers = {"base": turn.base.text, "tuned": turn.tuned.text}
-        key = digest([turn.prompt, answers])
-        row = {"key": key, "prompt": turn.prompt}
-        rows: dict[Path, dict | None] = {self.path: None, self.neither: None}
-        if verdict in answers and all(text.strip() for text in answers.values()):
-            other = "base" if verdict == "tuned" else "tuned"
-            sides = {
-                side: [{"role": "assistant", "content": answers[who]}]
-                for side, who in (("chosen", verdict), ("rejected", other))
-            }
-            rows[self.path] = row | sides | {"chosen_from": verdict}
-        elif verdict != SKIP:  # nothing to train on
-            rows[self.neither] = row | answers | {"verdict": verdict}
-        with self.lock:
-            for path, new in rows.items():
-                before = read_jsonl(path, "key", "prompt")
-                after = [kept for kept in before if kept["key"] != key] + [new] * (new is not None)
-                if after != before:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(path, after)
-
-    def tally(self) -> str:
-        """How often which was preferred."""
-        chosen = [row["chosen_from"] for row in read_jsonl(self.path, "key", "chosen_from")]
-        bad = [row["verdict"] for row in read_jsonl(self.neither, "key", "verdict")].count(BOTH_BAD)
-        return (
-            f"tuned preferred {chosen.count('tuned')} times, base {chosen.count('base')}, "
-            f"both bad {bad}"
-        )
-
-
-class Chat:
-    """The models, the choices, and what a turn does to a reader's `Talk`."""
-
-    def __init__(self, models: Models, choices: Choices, blind: bool = True) -> None:
-        self.models, self.choices, self.blind = models, choices, blind
-
-    def ask(self, talk: Talk, question: str, system: str = "") -> Turn:
-        """Have both models answer `question` after what was said; the turn waits for `choose`.
-
-        A system prompt begins a conversation; another one begins another.
-
-        Raises:
-            ChatError: nothing was asked, or the turn before still waits.
-        """
-        if not question.strip():
-            raise ChatError("ask something first")
-        if talk.turn is not None:
-            raise ChatError("choose between the two answers first, or skip")
-        before = talk.messages[0] if talk.messages else {}
-        had = before["content"] if before.get("role") == "system" else ""
-        if talk.messages and system.strip() != had:
-            talk.messages = []
-        if system.strip() and not talk.messages:
-            talk.messages = [{"role": "system", "content": system.strip()}]
-        prompt = [*talk.messages, {"role": "user", "content": question.strip()}]
-        base, tuned = self.models.answers(prompt)
-        turn = Turn(prompt, base, tuned, tuned_left=random.random() < 0.5)
-        if turn.same:
-            talk.messages = [*prompt, {"role": "assistant", "content": base.text}]
-        else:
-            talk.turn = turn
-        return turn
-
-    def choose(self, talk: Talk, verdict: str) -> str:
-        """Settle the turn that waits: `left`, `right`, `both bad` or `skip`. The better answer
-        goes into the conversation; with neither, the question is taken back.
-
-        Returns:
-            What became of it, in a sentence.
-        """
-        turn = talk.turn
-        if turn is None:
-            raise ChatError("there is nothing to choose yet")
-        whose = turn.whose(verdict == "left") if verdict in ("left", "right") else verdict
-        self.choices.keep(turn, whose)
-        talk.turn = None
-        if whose in ("base", "tuned"):
-            better = turn.tuned if whose == "tuned" else turn.base
-            talk.messages = [*turn.prompt, {"role": "assistant", "content": better.text}]
-        sides = f"A was the {turn.whose(True)} model, B the {turn.whose(False)} one"
-        return f"{sides}. So far: {self.choices.tally()}."
-
-    def labels(self, turn: Turn | None) -> tuple[str, str]:
-        """What stands above the two answers."""
-        if turn is None or self.blind:
-            return "A", "B"
-        return f"A ({turn.whose(True)})", f"B ({turn.whose(False)})"
+    return Chat(cfg, tuned.eval(), model.eval(), tokenizer)
 
 
 def shown(reply: Reply) -> str:
@@ -240,72 +167,63 @@ def shown(reply: Reply) -> str:
     return (reply.text or "(nothing)") + ("" if reply.finished else " … (cut off)")
 
 
-def transcript(talk: Talk) -> str:
-    """What was said so far, as text, the system prompt apart."""
-    told = [one for one in talk.messages if one["role"] != "system"]
-    return "\n\n".join(f"{one['role']}: {one['content']}" for one in told)
+# In a browser
 
 
 def require_gradio() -> None:
-    """Refuse early what needs gradio.
-
-    Raises:
-        ChatError: it is not installed; the line says how.
-    """
+    """Raise a `ChatError` that says how to install gradio, if it is missing."""
     if find_spec("gradio") is None:
         raise ChatError(f"the chat in a browser needs gradio: {GRADIO} (about 130 MB)")
 
 
 def web_page(chat: Chat, system: str = "") -> gradio.Blocks:
-    """The chat as a page of Gradio's: a question, two answers, four buttons."""
-    # Read as gradio is imported: nothing is to be reported to anyone.
+    """The chat as a page of Gradio's: a question, two answers, three buttons."""
+    # Read as gradio is imported: nothing is reported to anyone.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
 
-    verdicts = {"left": "A is better", "right": "B is better", BOTH_BAD: "Both are bad",
-                SKIP: "Skip"}  # fmt: skip
+    verdicts = {LEFT: "A is better", RIGHT: "B is better", NEITHER: "Neither"}
 
-    def waiting(on: bool) -> list:
-        return [gr.update(interactive=on) for _ in verdicts]
-
-    def show(talk: Talk, turn: Turn | None, words: str, question=None) -> list:
+    def show(messages: Messages, turn: Turn | None, words: str, question=None) -> list:
+        """New values of `outputs`; while a turn waits for a choice, nothing can be asked."""
         left, right = map(shown, turn.sides) if turn else ("", "")
-        labels = chat.labels(turn)
-        waits = talk.turn is not None
+        told = [m for m in messages if m["role"] != "system"]
+        earlier = "\n\n".join(f"{one['role']}: {one['content']}" for one in told)
+        waits = turn is not None and not turn.same
         return [
-            talk, gr.update(value=transcript(talk), visible=bool(talk.messages)),
-            gr.update(value=left, label=labels[0]), gr.update(value=right, label=labels[1]), words,
-            gr.update() if question is None else question, gr.update(interactive=not waits),
-            *waiting(waits),
+            messages, turn if waits else None, gr.update(value=earlier, visible=bool(told)),
+            left, right, words, gr.update() if question is None else question,
+            gr.update(interactive=not waits), *[gr.update(interactive=waits)] * len(verdicts),
         ]  # fmt: skip
 
-    def ask(talk: Talk, system: str, question: str) -> list:
+    def ask(messages: Messages, system: str, question: str) -> list:
+        if not messages and system.strip():
+            messages = [{"role": "system", "content": system.strip()}]
         try:
-            turn = chat.ask(talk, question, system)
+            turn = chat.ask(messages, question)
         except RecipeError as error:
-            return show(talk, talk.turn, str(error))
-        words = "Both say the same." if turn.same else "Which one is better?"
-        return show(talk, turn, words, question="" if turn.same else None)
+            return show(messages, None, str(error))
+        if not turn.same:
+            return show(messages, turn, "Which one is better?")
+        messages = [*turn.prompt, {"role": "assistant", "content": turn.base.text}]
+        return show(messages, turn, "Both say the same.", question="")
 
-    def choose(talk: Talk, verdict: str) -> list:
-        turn = talk.turn
+    def choose(messages: Messages, turn: Turn, side: str) -> list:
         try:
-            words = chat.choose(talk, verdict)
+            messages, words = chat.choose(turn, side)
         except RecipeError as error:
-            return show(talk, turn, str(error))
-        taken = verdict in ("left", "right")
-        return show(talk, None, words, question="" if taken else None)
+            return show(messages, turn, str(error))
+        return show(messages, None, words, question=None if side == NEITHER else "")
 
     with gr.Blocks(title="Base and tuned", analytics_enabled=False) as page:
         gr.Markdown(
-            "## Base and tuned, side by side\n"
-            + "Which answer is whose is told after you choose. " * chat.blind
-            + f"Choices go to `{chat.choices.path}`; nothing leaves this machine."
+            "## Base and tuned, side by side\nYou learn which answer is whose after you choose. "
+            f"Choices go to `{chat.path}`; nothing leaves this machine."
         )
-        talk = gr.State(Talk())
+        messages, turn = gr.State([]), gr.State(None)
         prompt = gr.Textbox(system, label="System prompt", lines=1, elem_id="system",
-                            info="Another one begins another conversation.")  # fmt: skip
+                            info="Counts from the next new conversation.")  # fmt: skip
         # Plain text: a Chatbot would fetch a picture that a model's answer names.
         earlier = gr.Textbox(label="So far", lines=6, max_lines=12, interactive=False,
                              visible=False, elem_id="earlier")  # fmt: skip
@@ -314,27 +232,27 @@ def web_page(chat: Chat, system: str = "") -> gradio.Blocks:
         with gr.Row():
             answers = [
                 gr.Textbox(label=label, lines=8, max_lines=24, interactive=False, elem_id=name)
-                for label, name in (("A", "left"), ("B", "right"))
+                for label, name in (("A", LEFT), ("B", RIGHT))
             ]
         with gr.Row():
             buttons = [
-                gr.Button(text, interactive=False, elem_id=f"choose-{name.replace(' ', '-')}",
-                          min_width=120)
+                gr.Button(text, interactive=False, elem_id=f"choose-{name}", min_width=120)
                 for name, text in verdicts.items()
-            ]  # fmt: skip
+            ]
         words = gr.Markdown(elem_id="said")
         anew = gr.Button("New conversation", size="sm", elem_id="anew")
-        outputs = [talk, earlier, *answers, words, question, send, *buttons]
-        private = {"api_visibility": "private"}
-        one = {"concurrency_limit": 1, "concurrency_id": "models", **private}
-        send.click(ask, [talk, prompt, question], outputs, **one)
+        outputs = [messages, turn, earlier, *answers, words, question, send, *buttons]
+        # One at a time, whoever asks: an adapter is switched off and on.
+        one = {"concurrency_limit": 1, "concurrency_id": "chat", "api_visibility": "private"}
+        send.click(ask, [messages, prompt, question], outputs, **one)
         for name, button in zip(verdicts, buttons, strict=True):
-            button.click(lambda talk, v=name: choose(talk, v), [talk], outputs, **private)
-        anew.click(lambda: show(Talk(), None, "", question=""), None, outputs, **private)
+            button.click(lambda m, t, side=name: choose(m, t, side), [messages, turn], outputs,
+                         **one)  # fmt: skip
+        anew.click(lambda: show([], None, "", question=""), None, outputs, **one)
     return page
 
 
-def serve(chat: Chat, *, port: int | None = None, system: str = "") -> gradio.Blocks:
+def serve_page(chat: Chat, *, port: int | None = None, system: str = "") -> gradio.Blocks:
     """Serve the page to this machine alone, without waiting; its address is `local_url`.
 
     Raises:
@@ -343,7 +261,7 @@ def serve(chat: Chat, *, port: int | None = None, system: str = "") -> gradio.Bl
     page = web_page(chat, system)
     import gradio as gr
 
-    # Fonts of the system's own: gradio's default ones are fetched from Google.
+    # The system's own fonts: gradio fetches its default ones from Google.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         page.launch(
@@ -356,19 +274,19 @@ def serve(chat: Chat, *, port: int | None = None, system: str = "") -> gradio.Bl
     except Exception as error:  # gradio asks its own page, and a proxy may stand between
         page.close()
         raise ChatError(
-            f"the page does not answer ({' '.join(str(error).split())[:150]}): with a proxy set, "
-            "export no_proxy=localhost,127.0.0.1"
+            f"the page does not answer ({one_line(error, 150)}): with a proxy set, export "
+            "no_proxy=localhost,127.0.0.1"
         ) from None
     return page
 
 
-def open_chat(cfg: Config, *, blind: bool = True) -> gradio.Blocks | None:
-    """The notebook's last cell: the page, where someone is there to use it.
+def open_chat(cfg: Config) -> gradio.Blocks | None:
+    """The page from a notebook's cell; `close()` of what is returned ends it.
 
-    A headless run skips it with a line that says so. `close()` of what is returned ends it.
+    A headless run, or one without gradio, gets one line that says what to do instead.
     """
-    config = cfg.run_dir / "config.yaml"
     if not someone_is_there():
+        config = cfg.run_dir / "config.yaml"
         print(f"Nobody is here to chat (headless): python -m scripts.chat --config {config}")
         return None
     try:
@@ -376,46 +294,47 @@ def open_chat(cfg: Config, *, blind: bool = True) -> gradio.Blocks | None:
     except ChatError as error:
         print(f"{error}; in a cell, %{GRADIO}, then run this one again")
         return None
-    page = serve(Chat(load_models(cfg), Choices(cfg.run_dir / "choices.jsonl"), blind))
+    page = serve_page(load_chat(cfg))
     print(f"{page.local_url} (on this machine only); chat.close() ends it")
     return page
 
 
+# In the terminal
+
 HELP = (
-    "Ask something; then a or b for the better answer, x if both are bad, Enter to skip.\n"
-    "/new begins another conversation, /system TEXT with a system prompt, /quit ends."
+    "Ask something; then a or b for the better answer, Enter for neither.\n"
+    "/new begins another conversation, /quit ends."
 )
-LETTERS = {"a": "left", "b": "right", "x": BOTH_BAD, "": SKIP}
+LETTERS = {"a": LEFT, "A": LEFT, "b": RIGHT, "B": RIGHT, "": NEITHER}
 
 
 def converse(chat: Chat, system: str = "") -> None:
     """The chat in a terminal, from standard input until its end or /quit."""
     print(HELP)
-    talk = Talk()
-    while (line := _asked("\n> ")) is not None and line.strip() != "/quit":
-        command, _, rest = line.strip().partition(" ")
-        if command in ("/new", "/system"):
-            talk, system = Talk(), rest if command == "/system" else system
-            continue
-        if not line.strip():
-            continue
-        turn = chat.ask(talk, line, system)
-        if turn.same:
-            print(f"\nBoth: {shown(turn.base)}")
-            continue
-        for label, reply in zip(chat.labels(turn), turn.sides, strict=True):
-            print(f"\n{label}: {shown(reply)}")
-        while (letter := _asked("\nbetter? [a/b/x/Enter] ")) is not None:
-            if letter.strip().lower() in LETTERS:
-                break
-        if letter is None:
-            return
-        print(chat.choose(talk, LETTERS[letter.strip().lower()]))
+    begin = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    messages = begin
+    while (line := _asked("\n> ")) not in (None, "/quit"):
+        if line == "/new":
+            messages = begin
+        elif line:
+            turn = chat.ask(messages, line)
+            if turn.same:
+                print(f"\nBoth: {shown(turn.base)}")
+                messages = [*turn.prompt, {"role": "assistant", "content": turn.base.text}]
+                continue
+            for label, reply in zip("AB", turn.sides, strict=True):
+                print(f"\n{label}: {shown(reply)}")
+            while (letter := _asked("\nbetter? [a/b/Enter] ")) not in (None, *LETTERS):
+                pass
+            if letter is None:
+                return
+            messages, words = chat.choose(turn, LETTERS[letter])
+            print(words)
 
 
 def _asked(prompt: str) -> str | None:
     try:
-        return input(prompt)
+        return input(prompt).strip()
     except EOFError:
         return None
 
@@ -425,18 +344,16 @@ def main(args: argparse.Namespace) -> None:
     quiet()
     if args.web:
         require_gradio()
-    choices = Choices(args.choices or cfg.run_dir / "choices.jsonl")
-    choices.tally()  # a damaged file shows before the model is loaded
-    chat = Chat(load_models(cfg), choices, blind=not args.open_eyed)
-    if not args.web:
-        converse(chat, args.system or "")
-    else:
-        page = serve(chat, port=args.port, system=args.system or "")
+    chat = load_chat(cfg)
+    if args.web:
+        page = serve_page(chat, port=args.port, system=args.system or "")
         print(f"{page.local_url} (on this machine only); Ctrl-C ends it", flush=True)
         page.block_thread()
-    if choices.path.is_file():
-        print(f"\n{choices.path}: python -m scripts.data check --config {args.config} "
-              f"--set dataset_name={choices.path}", file=sys.stderr)  # fmt: skip
+    else:
+        converse(chat, args.system or "")
+    if chat.path.is_file():
+        print(f"\n{chat.path}: python -m scripts.data check --config {args.config} "
+              f"--set dataset_name={chat.path}", file=sys.stderr)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -309,9 +309,6 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     add("--web", action="store_true", help="in a browser on this machine (needs gradio)")
     add("--port", type=whole(1), help="with --web: the port (default: a free one)")
     add("--system", help="a system prompt to begin with")
-    add("--choices", type=Path, metavar="FILE",
-        help="where the preferences go (default: choices.jsonl in the run folder)")  # fmt: skip
-    add("--open-eyed", action="store_true", help="say which answer is whose before you choose")
 
 
 def _benchmark(parser: argparse.ArgumentParser) -> None:

@@ -2,11 +2,13 @@
 
     python -m scripts.export --config outputs/<run>/config.yaml
 
-merges the saved adapter of a finished run; a run without one has its whole model written in 16
-bits, with the same proof. `prove` holds every form that can leave against the evaluated policy, in
-one table; `gguf` writes the merged model for llama.cpp and Ollama, and `serve-files` what Ollama,
-vLLM and NIM need to serve it; `push` sends adapter or merged model to the hub
-(`scripts/publish.py`).
+What was trained and evaluated is an adapter on 4-bit weights. Merging into 4 bits would round the
+adapter away, so it goes into 16-bit weights. `merge_into` says which: the 4-bit weights written out
+("dequantized"), on which the adapter was trained, or the original ones, which it never met.
+
+`prove` compares every form with the evaluated policy in one table; `gguf` writes files for
+llama.cpp and Ollama; `serve-files` writes what Ollama, vLLM and NIM need; `push` sends adapter or
+merged model to the hub.
 """
 
 from __future__ import annotations
@@ -18,69 +20,155 @@ if __name__ == "__main__":
 
 import argparse
 import shutil
-from pathlib import Path
+from dataclasses import dataclass
 
+import pandas as pd
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts.adapter import require_adapter
+from scripts.adapter import refuse_other_base, require_adapter
 from scripts.base import RecipeError
 from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
-from scripts.model import free_memory, load_tokenizer, resolve_model
+from scripts.gguf import make_gguf, require_tools
+from scripts.model import free_memory, load_model, load_tokenizer, resolve_model
+from scripts.pairs.generation import generate_replies
 from scripts.pairs.tokens import tokenize_pairs
 from scripts.plan_memory import require_room
-from scripts.probes import main_probe
+from scripts.probes import Probe, drawn, main_probe
 from scripts.progress import Progress
-from scripts.publish import push
-from scripts.shipping.forms import (
-    Scores,
-    build,
+from scripts.proof import (
     completion_logps,
-    evaluated_policy,
-    is_quantized,
+    kept_replies,
     mean_gap,
     plain_model,
     proof_table,
-    prove,
-    shipped_form,
+    reply_measures,
+    require_merged,
 )
-from scripts.shipping.gguf import make_gguf, require_tools
-from scripts.shipping.serving import write_serving
+from scripts.publish import push
+from scripts.serve import write_serving
 
 # Nats a token: a merge this close is as good as arithmetic can tell. Two ways of 16-bit arithmetic
 # scatter by less than 0.01; a policy on NF4 weights, in bfloat16, lies 0.03 from the very same
 # weights in float16 (default run, CPU, where bitsandbytes also rounds the scales to bfloat16), and
 # 0.05 on a single answer.
 NOISE, NF4_NOISE = 0.01, 0.1
+UNPROVED = "merged.unproved"  # in the run folder: written, and not read back yet
 
 
 class MergeError(RecipeError):
     """The merged model does not say what the evaluated one says."""
 
 
-def merge_adapter(
-    cfg: Config, base: str, trained: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict],
-    policy: Scores | None = None,
-) -> tuple[Path, PreTrainedModel, dict[str, float]]:  # fmt: skip
-    """Merge the adapter in `trained` into `base`, save, reload from disk, and compare.
+@dataclass(frozen=True)
+class Form:
+    """The adapter on, or merged into, `original` or `dequantized` weights of `dtype`."""
 
-    Merged are 16-bit weights: 4-bit ones would round the adapter away with them. `merge_into` says
-    which: the 4-bit weights written out in 16 bits, on which the adapter was trained, or the
-    original ones. float16 rather than bfloat16: it keeps three more bits of each weight, and what
-    training adds to a weight is small beside it. The weights of a Llama lie well within its range.
+    weights: str
+    dtype: str
+    merged: bool = True
 
-    `rows` (tokenised pairs) are scored by the policy that was evaluated, by its reference, and by
-    the merged model read back from disk; `policy` are the scores of the first two, where they are
-    known already.
+    @property
+    def name(self) -> str:
+        """The form's row in the table."""
+        weights = {"original": "the original weights", "dequantized": "dequantized NF4"}
+        how = "merged into" if self.merged else "adapter on"
+        return f"{how} {weights[self.weights]}, {self.dtype}"
 
-    In a run without an adapter the trained model is the one in `trained`, and the merged one is
-    that with its weights in 16 bits.
+
+FORMS = [
+    Form(weights, dtype, merged)
+    for weights, merged in (("original", False), ("original", True), ("dequantized", True))
+    for dtype in ("float16", "bfloat16")
+]
+
+
+def is_quantized(cfg: Config) -> bool:
+    """Whether the run trains an adapter on weights of 4 or 8 bits."""
+    return cfg.model.load_in_4bit or cfg.model.load_in_8bit
+
+
+def shipped_form(cfg: Config) -> Form:
+    """The form that `export` writes for this config; without 4 bits, the weights are original."""
+    return Form(cfg.recipe.merge_into if is_quantized(cfg) else "original", cfg.recipe.merge_dtype)
+
+
+def load_to_merge(cfg: Config, base: str, form: Form | None = None) -> PreTrainedModel:
+    """The weights to merge the run's adapter into, in 16 bits; `form` is by default the config's.
+
+    `dequantized` quantizes the base as training did and writes its 16 levels out
+    (https://huggingface.co/docs/transformers/main/en/quantization/bitsandbytes, "Dequantizing").
+    float16 beats bfloat16 here: it keeps three more bits of each weight, and what training adds is
+    small. A run without an adapter has its own whole model, and nothing to merge.
+
+    Raises:
+        AdapterError: there is no adapter yet, or it was trained on another model.
+    """
+    form, trained = form or shipped_form(cfg), require_adapter(cfg)
+    if not cfg.model.use_peft:
+        return plain_model(cfg, trained, form.dtype)
+    refuse_other_base(trained, base)
+    if form.weights == "original":
+        return plain_model(cfg, base, form.dtype)
+    dtype = getattr(torch, form.dtype)
+    model = load_model(cfg, base).dequantize(dtype).to(dtype)  # norms and embeddings too
+    model.config.use_cache = True  # training had switched it off
+    return model
+
+
+def load_form(cfg: Config, base: str, form: Form) -> PreTrainedModel:
+    """The tuned model in this form."""
+    model = load_to_merge(cfg, base, form)
+    if not cfg.model.use_peft:
+        return model
+    model = PeftModel.from_pretrained(model, require_adapter(cfg)).eval()
+    return model.merge_and_unload(safe_merge=True) if form.merged else model
+
+
+@dataclass
+class PolicyScores:
+    """Log-probabilities of held-out answers, a tensor a row, as `completion_logps` gives them."""
+
+    policy: list[torch.Tensor]  # the model that was evaluated
+    reference: list[torch.Tensor]  # the same before training
+
+    @property
+    def effect(self) -> float:
+        """How far training moved a token's log-probability: mean of the absolute change, nats."""
+        return mean_gap(self.policy, self.reference)
+
+
+def evaluated_policy(cfg: Config, base: str, rows: list[dict]) -> PolicyScores:
+    """Score `rows` by what was evaluated: the adapter on weights as training had them.
+
+    A run without an adapter is scored in float32, and so is its base: two ways of 16-bit arithmetic
+    differ by more than the rounding of the weights, which is what we want to see there.
+    """
+    trained = require_adapter(cfg)
+    if not cfg.model.use_peft:
+        pair = (completion_logps(plain_model(cfg, p, "float32"), rows) for p in (trained, base))
+        return PolicyScores(*pair)
+    refuse_other_base(trained, base)
+    model = PeftModel.from_pretrained(load_model(cfg, base), trained).eval()
+    policy = completion_logps(model, rows)
+    with model.disable_adapter():
+        return PolicyScores(policy, completion_logps(model, rows))
+
+
+def prove_merge(
+    cfg: Config, base: str, rows: list[dict], policy: PolicyScores | None = None
+) -> dict[str, float]:
+    """Read back the merged model saved in `merged.unproved/`; if it says what the evaluated policy
+    says, rename it to `merged/`, else delete it.
+
+    `rows` are tokenised held-out pairs; `policy` are their scores by the evaluated policy, if they
+    are known already.
 
     Returns:
-        The folder `merged/`, the reloaded model, and the mean absolute differences per token, in
-        nats: `effect` (policy against reference: what training changed) and `error` (merged against
-        policy: what leaving NF4 and merging changed).
+        Mean absolute differences per token, in nats: `effect` (policy against reference: what
+        training changed) and `error` (merged against policy: what merging changed).
 
     Raises:
         MergeError: `error` is more than a tenth of `effect`, and more than arithmetic itself
@@ -88,43 +176,103 @@ def merge_adapter(
             asks for the original weights in place of 4-bit ones, the bound is half of `effect`:
             nearer to the tuned policy than to the untrained one.
     """
-    target, trial = cfg.run_dir / "merged", cfg.run_dir / "merged.unproved"
+    target, trial = cfg.run_dir / "merged", cfg.run_dir / UNPROVED
+    if not trial.is_dir():
+        raise MergeError(f"there is no {trial}; save the merged model there first")
+    policy = policy or evaluated_policy(cfg, base, rows)
+    free_memory()
     form = shipped_form(cfg)
-    bar = Progress(4, patience=3)
+    # Without an adapter the policy is scored in float32: so is the merged model.
+    model = plain_model(cfg, trial, form.dtype if cfg.model.use_peft else "float32")
+    error, effect = mean_gap(completion_logps(model, rows), policy.policy), policy.effect
+    share = 0.5 if is_quantized(cfg) and form.weights == "original" else 0.1
+    if not error <= max(share * effect, NF4_NOISE if is_quantized(cfg) else NOISE):
+        shutil.rmtree(trial)
+        raise MergeError(
+            f"the merged model differs from the evaluated one by {error:.4f} nats a token, and "
+            f"training moved it by only {effect:.4f}; do not use it: it was deleted, an earlier "
+            "merge is kept. `python -m scripts.export prove` shows which merge_into and "
+            "merge_dtype come closer"
+        )
+    shutil.rmtree(target, ignore_errors=True)  # an earlier merge goes only once this one is proved
+    trial.rename(target)
+    return {"effect": effect, "error": error}
+
+
+def merge_adapter(
+    cfg: Config, base: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict],
+    policy: PolicyScores | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Merge the run's adapter, write the model, and prove it; see `prove_merge`."""
+    trial, bar = cfg.run_dir / UNPROVED, Progress(3, patience=3)
 
     def tell(done: int, text: str) -> None:
         bar.show(done, f"merging: {text}, {bar.seconds:.0f} s")
 
-    tell(0, "the policy is scored")
-    policy = policy or evaluated_policy(cfg, base, trained, rows)
+    tell(0, "scoring the evaluated policy")
+    policy = policy or evaluated_policy(cfg, base, rows)
     free_memory()
-    tell(1, "the adapter is merged")
-    model = build(cfg, base, trained, form)
-    tell(2, "the merged model is written")
+    tell(1, "merging and writing")
     shutil.rmtree(trial, ignore_errors=True)
+    model = load_form(cfg, base, shipped_form(cfg))
     model.save_pretrained(trial)
     tokenizer.save_pretrained(trial)
     del model
     free_memory()
-    # Without an adapter arithmetic must not pass for rounding: there the policy's is float32 too.
-    tell(3, "the merged model is read back and scored")
-    reloaded = plain_model(cfg, trial, form.dtype if cfg.model.use_peft else "float32")
-    error = mean_gap(completion_logps(reloaded, rows), policy.policy)
-    tell(4, "through")
-    report = {"effect": policy.effect, "error": error}
-    moved_away = is_quantized(cfg) and form.weights == "original"
-    noise = NF4_NOISE if is_quantized(cfg) else NOISE
-    if not error <= max((0.5 if moved_away else 0.1) * policy.effect, noise):
-        shutil.rmtree(trial)
-        raise MergeError(
-            f"log-probabilities of the merged model and of the evaluated one differ by {error:.4f} "
-            f"nats a token, training changed them by {policy.effect:.4f}; do not use it: it is "
-            "deleted, and an earlier one is kept. `python -m scripts.export prove` tells which "
-            "merge_into and merge_dtype come nearer"
-        )
-    shutil.rmtree(target, ignore_errors=True)  # an earlier merge goes only once this one is proved
-    trial.rename(target)
-    return target, reloaded.to(getattr(torch, form.dtype)), report
+    tell(2, "reading back and scoring the merged model")
+    report = prove_merge(cfg, base, rows, policy)
+    tell(3, "done")
+    return report
+
+
+def prove(
+    cfg: Config, base: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict], probe: Probe,
+    questions: int | None = None, forms: list[Form] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Compare every form with the policy that was evaluated.
+
+    `rows` (tokenised pairs) are scored token by token; to `questions` of the prompts of `probe`
+    (None: all, 0: none) each form replies, as the policy did in the evaluation.
+
+    Returns:
+        A frame with a row a form: `difference` from the policy (mean of the absolute difference
+        per token, nats), `of_training` (the same over what training moved, which stands in
+        `frame.attrs["effect"]`), `same` (share of the replies that are the policy's own, word by
+        word) and the measures of the replies. The first row is the policy itself.
+
+    Raises:
+        RecipeError: there are no kept replies of the policy to compare with.
+    """
+    at = drawn(len(probe.prompts), questions, cfg.dpo.seed)
+    kept = [kept_replies(cfg, probe)[i] for i in at] if at else []
+    scores = evaluated_policy(cfg, base, rows)
+    policy = {"form": "the policy that was evaluated", "difference": 0.0, "of_training": 0.0}
+    if at:
+        lengths = map(len, tokenizer(kept, add_special_tokens=False)["input_ids"])
+        policy |= {"same": 1.0} | reply_measures(probe, at, kept, lengths)
+    lines = [policy]
+    for form in forms or [f for f in FORMS if f.weights == "original" or is_quantized(cfg)]:
+        free_memory()
+        model = load_form(cfg, base, form)
+        if model.device.type == "cpu":  # which has no fast float16; the weights are rounded already
+            model.float()
+        gap = mean_gap(completion_logps(model, rows), scores.policy)
+        line = {"form": form.name, "difference": gap, "of_training": gap / scores.effect}
+        if at:
+            replies = generate_replies(
+                model, tokenizer, [probe.prompts[i] for i in at], label=form.name,
+                options=[probe.options[i] for i in at] if probe.options else None,
+                max_new_tokens=cfg.recipe.max_new_tokens,
+                batch_size=cfg.recipe.generation_batch_size,
+            )  # fmt: skip
+            texts = [reply.text for reply in replies]
+            line["same"] = sum(a == b for a, b in zip(kept, texts, strict=True)) / len(at)
+            line |= reply_measures(probe, at, texts, (reply.length for reply in replies))
+        lines.append(line)
+        del model
+    frame = pd.DataFrame(lines)
+    frame.attrs["effect"] = scores.effect
+    return frame
 
 
 def main(args: argparse.Namespace) -> None:
@@ -134,10 +282,12 @@ def main(args: argparse.Namespace) -> None:
         require_tools()
     cfg = config_from_args(args)
     if cfg.dpo.world_size > 1:
-        raise RecipeError("a merge is the work of one process: python -m scripts.export ...")
-    trained = require_adapter(cfg)
+        raise RecipeError("export is the work of one process: python -m scripts.export ...")
+    require_adapter(cfg)
     if args.action in ("merge", "prove"):
         require_room(cfg)
+    else:
+        require_merged(cfg)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     if args.action == "serve-files":
@@ -147,21 +297,19 @@ def main(args: argparse.Namespace) -> None:
     test = load_preferences(cfg, tokenizer)["test"]
     rows = tokenize_pairs(test.select(range(min(args.rows, len(test)))).to_list(), tokenizer)
     if args.action == "merge":
-        target, _, report = merge_adapter(cfg, path, trained, tokenizer, rows)
-        print(f"merged: {target} (per token, training {report['effect']:.3f} nats, ", end="")
-        print(f"leaving training's weights and merging {report['error']:.4f})")
+        report = merge_adapter(cfg, path, tokenizer, rows)
+        print(f"merged: {cfg.run_dir / 'merged'} (per token, training moved {report['effect']:.3f} "
+              f"nats, merging {report['error']:.4f})")  # fmt: skip
         return
     probe = main_probe(cfg, test)
     if args.action == "prove":
-        frame = prove(cfg, path, trained, tokenizer, rows, probe, args.questions)
+        frame = prove(cfg, path, tokenizer, rows, probe, args.questions)
         effect = frame.attrs["effect"]
         print(f"this config ships: {shipped_form(cfg).name}")
     else:
-        policy = evaluated_policy(cfg, path, trained, rows)
-        frame, effect = (
-            make_gguf(cfg, tokenizer, rows, probe, args.types, policy, args.questions),
-            policy.effect,
-        )
+        policy = evaluated_policy(cfg, path, rows)
+        frame = make_gguf(cfg, tokenizer, rows, probe, args.types, policy.policy, args.questions)
+        effect = policy.effect
     frame.to_json(cfg.run_dir / f"{args.action}.json", orient="records", indent=2)
     print(f"training moved a token of {len(rows)} held-out answers by {effect:.4f} nats on average")
     print(proof_table(frame).to_string())

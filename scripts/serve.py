@@ -1,8 +1,10 @@
-"""Ask a server of the tuned model the held-out questions, and compare with the run's own replies.
+"""Files that serve the tuned model with Ollama, vLLM and NVIDIA NIM, and a check of any server.
 
+    python -m scripts.export serve-files --config outputs/<run>/config.yaml
     python -m scripts.serve check --url http://localhost:8000/v1 --config outputs/<run>/config.yaml
 
-Any OpenAI-compatible server will do: vLLM, NIM, llama.cpp's, Ollama's (http://localhost:11434/v1).
+The first writes `serve/` into the run folder; its README has the commands. The second asks a server
+(anything with OpenAI's API) the held-out questions and compares its replies with the run's own.
 """
 
 from __future__ import annotations
@@ -14,29 +16,233 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import shlex
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import requests
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from scripts.adapter import trained_folder
 from scripts.base import RecipeError
 from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
+from scripts.tables import MEASURES
+from scripts.gguf import conversations
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.judges import CONNECT, FIRST, Endpoint
+from scripts.pairs.tokens import end_tokens
 from scripts.probes import Probe, drawn, main_probe
-from scripts.shipping.forms import kept_replies, measured
-from scripts.tables import MEASURES
+from scripts.proof import kept_replies, reply_measures, require_merged
 
+# https://docs.vllm.ai/en/latest/api/vllm/config/lora, MaxLoRARanks
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+PREFERRED = ("q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m", "f32")  # GGUF files, for Ollama
 TRIES = 3  # for an answer that is no chat completion
 
 
-class ServerError(RecipeError):
-    """The server does not do what it should."""
+class ServingError(RecipeError):
+    """The model cannot be served so, or a server does not do what it should."""
+
+
+# The files
+
+
+@dataclass
+class Turns:
+    """What a chat template writes around the text of each role, before the reply, and by itself."""
+
+    around: dict[str, tuple[str, str]]
+    reply: str
+    system: str | None  # the system prompt of conversations that have none
+
+    def go_template(self) -> str:
+        """Ollama's TEMPLATE, in Go's text/template.
+
+        https://github.com/ollama/ollama/blob/main/docs/template.md
+        """
+        cases = "".join(
+            f'{{{{ {word} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+            for word, (role, (before, after)) in zip(
+                ("if", "else if", "else if"), self.around.items(), strict=True
+            )
+        )
+        return f"{{{{ range .Messages }}}}{cases}{{{{ end }}}}{{{{ end }}}}{self.reply}"
+
+    def prompt(self, messages: list[dict]) -> str:
+        """What Ollama makes of a conversation: the Modelfile's SYSTEM goes first if it has none."""
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return "".join(m["content"].join(self.around[m["role"]]) for m in messages) + self.reply
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict], reply=True) -> str:
+    """The prompt as text, without a begin-of-text that the tokenizer adds to any text itself."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+    adds = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds and tokenizer.bos_token else text
+
+
+def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
+    """Find out what the chat template writes around each role's text, by asking it.
+
+    Raises:
+        ServingError: it writes something else than the same marks around every text.
+    """
+    marks = {"system": "s\u241eS", "user": "u\u241eU", "assistant": "a\u241eA", "again": "v\u241eV"}
+
+    def parts(*roles: str, reply: bool = False) -> list[str]:
+        """The text between the marks of `roles`."""
+        messages = [{"role": {"again": "user"}.get(r, r), "content": marks[r]} for r in roles]
+        text, found = template_text(tokenizer, messages, reply), []
+        for role in roles:
+            before, mark, text = text.partition(marks[role])
+            if not mark:
+                raise ServingError(f"the chat template changes the text of {role} before use")
+            found.append(before)
+        return [*found, text]
+
+    try:
+        (alone, user_end), assistant_end = parts("user"), parts("user", "assistant")[-1]
+        start, to_user, to_assistant, to_again, _ = parts("system", "user", "assistant", "again")
+        reply = parts("user", reply=True)[-1].removeprefix(user_end)
+    except ServingError:
+        raise
+    except Exception as error:  # a template raises what it likes
+        raise ServingError(f"the chat template refuses a plain conversation: {error}") from error
+    user = to_again.removeprefix(assistant_end)
+    system_end = to_user.removesuffix(user)
+    around = {
+        "system": (start, system_end),
+        "user": (user, user_end),
+        "assistant": (to_assistant.removeprefix(user_end), assistant_end),
+    }
+    default = None
+    if alone != user:
+        default = alone.removesuffix(user).removeprefix(start).removesuffix(system_end)
+    if any("{{" in text or '"""' in text for text in (reply, *sum(around.values(), ()))):
+        raise ServingError('the chat template writes {{ or """, which a Modelfile cannot hold')
+    return Turns(around, reply, default)
+
+
+def differing(
+    turns: Turns, tokenizer: PreTrainedTokenizerBase, talks: dict[str, list[dict]]
+) -> list[str]:
+    """Names of the conversations whose prompt by Ollama's template differs from transformers'."""
+    return [
+        name
+        for name, messages in talks.items()
+        if turns.prompt(messages) != template_text(tokenizer, messages)
+    ]
+
+
+def write_serving(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, name: str | None = None,
+    system: str | None = None,
+) -> tuple[Path, list[str]]:  # fmt: skip
+    """Write `serve/` into the run folder: Modelfile, the adapter for vLLM and NIM, README.
+
+    Returns the folder, and remarks on what could not be written or differs there.
+
+    Raises:
+        RecipeError: nothing is merged yet, or a Modelfile cannot hold the chat template.
+    """
+    merged, run, name = require_merged(cfg), cfg.run_dir, name or cfg.run_dir.name
+    turns, remarks, folder = read_turns(tokenizer), [], run / "serve"
+    if other := differing(turns, tokenizer, conversations(tokenizer)):
+        remarks.append(f"Ollama's prompt differs from the chat template's for: {', '.join(other)}")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "ollama").mkdir(parents=True)
+    files = (run / "gguf" / f"{run.name}-{kind}.gguf" for kind in PREFERRED)
+    source = next((file for file in files if file.is_file()), merged)
+    (folder / "ollama" / "Modelfile").write_text(
+        modelfile(cfg, tokenizer, turns, f"../../{source.relative_to(run)}", system), "utf-8"
+    )
+    problem = adapter_problem(cfg)
+    if problem:
+        remarks.append(f"no adapter for vLLM and NIM: {problem}")
+    else:
+        copy_adapter(cfg, folder / "loras" / name)
+    (folder / "README.md").write_text(_commands(cfg, name, problem is None), encoding="utf-8")
+    return folder, remarks
+
+
+def modelfile(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase, turns: Turns, source: str, system: str | None
+) -> str:
+    """Ollama's Modelfile (https://github.com/ollama/ollama/blob/main/docs/modelfile.md).
+
+    Decoding is greedy and without a penalty on repetition, as in the evaluation.
+    """
+    system = turns.system if system is None else system
+    generation = GenerationConfig.from_pretrained(cfg.run_dir / "merged")
+    stops = tokenizer.convert_ids_to_tokens(sorted(end_tokens(tokenizer, generation)))
+    length = max((cfg.dpo.max_length or 2048) + cfg.recipe.max_new_tokens, 2048)
+    lines = [f"FROM {source}", f'TEMPLATE """{turns.go_template()}"""']
+    lines += [f'SYSTEM """{system}"""'] if system else []
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0",
+              f"PARAMETER num_ctx {length}"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def adapter_problem(cfg: Config) -> str | None:
+    """Why vLLM and NIM cannot take the adapter by itself, if they cannot."""
+    model = cfg.model
+    if not model.use_peft:
+        return "the run has no adapter"
+    if model.use_dora or model.lora_modules_to_save:
+        return "DoRA and lora_modules_to_save are more than A and B; serve the merged model"
+    if model.lora_r > VLLM_RANKS[-1]:
+        return f"rank {model.lora_r} is above vLLM's {VLLM_RANKS[-1]}; serve the merged model"
+    return None
+
+
+def copy_adapter(cfg: Config, target: Path) -> None:
+    """The adapter as NIM and vLLM read it: config and weights. It names the base model, not the
+    path that the base had on the machine that trained it."""
+    source = trained_folder(cfg)
+    target.mkdir(parents=True)
+    shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
+    values = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    values["base_model_name_or_path"] = cfg.model.model_name_or_path
+    (target / "adapter_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+def _commands(cfg: Config, name: str, adapter: bool) -> str:
+    """The README of `serve/`; its commands are given in that folder."""
+    base, quoted = cfg.model.model_name_or_path, shlex.quote(name)
+    dtype = cfg.recipe.merge_dtype
+    lines = [f"# Serve {name}", "", "Run these in this folder. Ollama:", "",
+             f"    ollama create {quoted} -f ollama/Modelfile && ollama run {quoted}", "",
+             "vLLM, the merged model:", "",
+             f"    vllm serve ../merged --served-model-name {quoted} --dtype {dtype}"]  # fmt: skip
+    if adapter:
+        rank = next(rank for rank in VLLM_RANKS if rank >= cfg.model.lora_r)
+        lines += ["", "vLLM, the adapter on the base (16-bit weights, not the 4-bit ones it was "
+                  "trained on; `python -m scripts.export prove` shows the difference):", "",
+                  f"    vllm serve {shlex.quote(base)} --revision {cfg.model.model_revision} "
+                  f"--dtype {dtype} --enable-lora --max-lora-rank {rank} \\\n"
+                  f"        --lora-modules {shlex.quote(f'{name}=loras/{name}')} "
+                  "--chat-template ../adapter/chat_template.jinja", "",
+                  "NIM for the base model, with `loras/` mounted as its store of adapters:", "",
+                  "    docker run --gpus all -e NGC_API_KEY -e NIM_PEFT_SOURCE=/opt/nim/loras \\\n"
+                  f"        -e NIM_MAX_LORA_RANK={rank} -v \"$PWD/loras:/opt/nim/loras\" "
+                  "-p 8000:8000 <the NIM image of the base model>"]  # fmt: skip
+    lines += ["", "Then, in the project, compare the server's replies with the run's own:", "",
+              "    python -m scripts.serve check --url http://localhost:8000/v1 "
+              f"--model {quoted} --config {cfg.run_dir / 'config.yaml'}"]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+# The check
 
 
 class Server(Endpoint):
-    """An OpenAI-compatible server of the tuned model, asked as patiently as a judge."""
+    """An OpenAI-compatible server of the tuned model; busy ones are asked again, as judges are."""
 
     who = "server"
     more: dict = {}  # noqa: RUF012 - of each request, beside what OpenAI's API has; set, not changed
@@ -45,28 +251,26 @@ class Server(Endpoint):
         """The name of the one model that the server lists.
 
         Raises:
-            ServerError: it does not answer, or lists none or several.
+            ServingError: it does not answer, or lists none or several.
         """
         where = self.url.removesuffix("/chat/completions") + "/models"
         try:
             response = self.session.get(where, timeout=(CONNECT, FIRST))
             names = [model["id"] for model in response.json()["data"]]
-        except requests.exceptions.JSONDecodeError:
-            raise ServerError(f"{where} lists no models; name one: --model ...") from None
+        except (requests.exceptions.JSONDecodeError, LookupError, TypeError):
+            raise ServingError(f"{where} lists no models; name one: --model ...") from None
         except requests.RequestException as error:
-            raise ServerError(f"the server at {self.url} does not answer: {error}") from None
-        except (LookupError, TypeError):
-            raise ServerError(f"{where} lists no models; name one: --model ...") from None
+            raise ServingError(f"the server at {self.url} does not answer: {error}") from None
         if len(names) != 1:
-            raise ServerError(f"{where} lists {len(names)} models {names[:5]}; name one: --model")
+            raise ServingError(f"{where} lists {len(names)} models {names[:5]}; name one: --model")
         return names[0]
 
     def reply(self, messages: list[dict], max_new_tokens: int) -> str:
         """The greedy reply to a conversation.
 
         Raises:
-            JudgeError: the server is not there, stays busy or refuses.
-            ServerError: its answers are no chat completions, three times in a row.
+            RecipeError: the server is not there, stays busy, refuses, or gives no chat completion
+                three times in a row.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0} | self.more
         body["max_tokens"] = max_new_tokens
@@ -74,10 +278,12 @@ class Server(Endpoint):
             answer = self.ask(body)
             if answer and isinstance(answer["message"]["content"], str):
                 return answer["message"]["content"].strip()
-        raise ServerError(f"what {self.url} answers is no chat completion; is it an OpenAI API?")
+        raise ServingError(f"{self.url} does not answer with chat completions; is it OpenAI's API?")
 
 
-def check(server: Server, cfg: Config, probe: Probe, questions: int | None) -> pd.DataFrame:
+def served_replies(
+    server: Server, cfg: Config, probe: Probe, questions: int | None
+) -> pd.DataFrame:
     """The server's replies to `questions` of the held-out prompts (None: all), beside the run's.
 
     Returns a row a prompt: `at` (its place in `probe`), `prompt`, `kept`, `served`, `same`.
@@ -97,15 +303,19 @@ def check(server: Server, cfg: Config, probe: Probe, questions: int | None) -> p
     return frame
 
 
-def report(frame: pd.DataFrame, probe: Probe, lengths: dict[str, list[int]], shown: int = 3) -> str:
-    """Agreement, the measures of both, and the first replies that differ. `lengths` in tokens."""
-    at = frame["at"].tolist()
-    table = pd.DataFrame(
-        {who: measured(probe, at, frame[who].tolist(), lengths[who]) for who in ("kept", "served")}
-    ).rename(index=MEASURES)
+def agreement(
+    frame: pd.DataFrame, probe: Probe, tokenizer: PreTrainedTokenizerBase, shown: int = 3
+) -> str:
+    """How many replies agree, the measures of both, and the first replies that differ."""
+    columns = {}
+    for who in ("kept", "served"):
+        texts = frame[who].tolist()
+        lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
+        columns[who] = reply_measures(probe, frame["at"].tolist(), texts, lengths)
     same = frame["same"]
     lines = [f"{same.sum()} of {len(frame)} replies are the run's own, word by word "
-             f"({same.mean():.2f})", table.round(3).to_string()]  # fmt: skip
+             f"({same.mean():.2f})",
+             pd.DataFrame(columns).rename(index=MEASURES).round(3).to_string()]  # fmt: skip
     for row in frame[~same].head(shown).itertuples():
         lines.append(f"\n{row.prompt[-200:]}\n  run:    {row.kept!r}\n  server: {row.served!r}")
     return "\n".join(lines)
@@ -113,25 +323,18 @@ def report(frame: pd.DataFrame, probe: Probe, lengths: dict[str, list[int]], sho
 
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args, may_lack_gpu=True)
-    settings = {"timeout": args.timeout, "workers": args.workers}
-    server = Server(args.url, args.model or "", **settings)
+    server = Server(args.url, args.model or "", timeout=args.timeout, workers=args.workers)
     server.model, server.more = args.model or server.only_model(), args.body
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     probe = main_probe(cfg, load_preferences(cfg, tokenizer)["test"])
-    frame = check(server, cfg, probe, args.questions)
-    lengths = {
-        who: [
-            len(ids) for ids in tokenizer(frame[who].tolist(), add_special_tokens=False).input_ids
-        ]
-        for who in ("kept", "served")
-    }
+    frame = served_replies(server, cfg, probe, args.questions)
     out = cfg.run_dir / "served.jsonl"
     rows = frame.drop(columns="at").to_dict("records")
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    print(f"{server.model} at {server.url}\n{report(frame, probe, lengths)}\n\nall of them: {out}")
+    print(f"{server.model} at {server.url}\n{agreement(frame, probe, tokenizer)}\n\nall: {out}")
     if frame["same"].mean() < args.least_same:
-        raise ServerError(f"fewer than {args.least_same:g} of the replies are the run's own")
+        raise ServingError(f"fewer than {args.least_same:g} of the replies are the run's own")
 
 
 if __name__ == "__main__":

