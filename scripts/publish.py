@@ -96,23 +96,16 @@ class Terms:
 
 
 def _llama(version: str, name: str, line: str, prefix: str, page: str) -> Terms:
-    notice = (
-        f"{name} is licensed under the {name} Community License, Copyright © Meta Platforms, Inc. "
-        "All Rights Reserved."
-    )
-    return Terms(f"llama{version}", prefix, line, notice, page)
+    notice = f"{name} is licensed under the {name} Community License, Copyright © Meta Platforms, "
+    return Terms(f"llama{version}", prefix, line, f"{notice}Inc. All Rights Reserved.", page)
 
 
 # Section 1.b of each: https://llama.meta.com/llama3/license/ and https://www.llama.com/llama3_1/license/
-LLAMA = {
-    "3": _llama("3", "Meta Llama 3", "Built with Meta Llama 3", "Llama-3",
-                "https://llama.meta.com/llama3/license/"),
-    **{
-        f"3.{n}": _llama(f"3.{n}", f"Llama 3.{n}", "Built with Llama", "Llama",
-                         f"https://www.llama.com/llama3_{n}/license/")
-        for n in (1, 2, 3)
-    },
-}  # fmt: skip
+LLAMA = {"3": _llama("3", "Meta Llama 3", "Built with Meta Llama 3", "Llama-3",
+                     "https://llama.meta.com/llama3/license/")}  # fmt: skip
+for n in (1, 2, 3):
+    page = f"https://www.llama.com/llama3_{n}/license/"
+    LLAMA[f"3.{n}"] = _llama(f"3.{n}", f"Llama 3.{n}", "Built with Llama", "Llama", page)
 LLAMA3_VOCABULARY = 128_256
 
 
@@ -257,16 +250,8 @@ def data_card(cfg: Config) -> tuple[Path | None, dict]:
 
 
 def shown_settings(cfg: Config) -> dict[str, Any]:
-    """The settings of `SETTINGS`, as the config gives them or as TRL has them by default."""
-    found = {}
-    for name in SETTINGS:
-        value = cfg.given.get(name)
-        if value is None:
-            parts = (cfg.dpo, cfg.model, cfg.recipe)
-            value = next((getattr(p, name) for p in parts if hasattr(p, name)), None)
-        value = getattr(value, "value", value)  # of an enum
-        if value is not None and value is not False and not (name == "max_steps" and value < 0):
-            found[name] = value
+    """The settings of `SETTINGS` that the config gives."""
+    found = {name: cfg.given[name] for name in SETTINGS if cfg.given.get(name) not in (None, False)}
     if not cfg.model.use_peft:
         found = {k: v for k, v in found.items() if not k.startswith(("lora_", "use_"))}
     return found
@@ -316,26 +301,17 @@ def got_worse(figures: dict) -> list[str]:
     return lines
 
 
-def limits(data: str, figures: dict | None) -> list[str]:
-    """What the model is not for, as far as the run can tell, and what no run can."""
-    lines = [
-        "Decisions about health, law, money or safety, or about a person: it states false things "
-        "as plainly as true ones, and nothing here measures such use.",
-        f"Tasks, languages and styles other than those of its preference pairs (`{data}`): what "
-        "tuning did to them is only known where a table above says so.",
-        "Use without safeguards of your own: tuning added none, and may have weakened those of the "
-        "base model; that was not measured.",
-    ]
-    if figures is None:
-        return ["**Any use yet: this run was not evaluated.**", *lines]
+def limits(figures: dict) -> list[str]:
+    """What the model is not for, as far as the run can tell; the template says what no run can."""
+    lines = []
     declined = figures["measures"].get("declined")
     if declined and declined["tuned"]["mean"] < 0.5:
         lines.append(
             "Questions that the given text may not answer: it said so in "
             f"{declined['tuned']['mean']:.0%} of such cases, and made something up in the others."
         )
-    missed = [text for text, verdict in figures["targets"].items() if verdict != "met"]
-    lines += [f"Missed aim: {text} ({figures['targets'][text]})." for text in missed]
+    missed = {text: verdict for text, verdict in figures["targets"].items() if verdict != "met"}
+    lines += [f"Missed aim: {text} ({verdict})." for text, verdict in missed.items()]
     return lines + [f"Worse than the base model: {line}." for line in got_worse(figures)]
 
 
@@ -389,7 +365,7 @@ def model_card(
         settings=yaml.safe_dump(shown_settings(cfg), sort_keys=False).strip(),
         max_new_tokens=cfg.recipe.max_new_tokens, merge_dtype=cfg.recipe.merge_dtype,
         figures=figures, figure=(run / "figures" / "before_after.png").is_file(),
-        limits=limits(data, figures), **tables,
+        limits=limits(figures) if figures else [], **tables,
     )  # fmt: skip
 
 
@@ -531,7 +507,10 @@ def send(parcel: Parcel, *, update: bool = False) -> str:
     """
     api = HfApi()
     try:
-        _validate(parcel.card)
+        try:
+            patiently(parcel.card.validate)
+        except ValueError as error:
+            raise PushError(f"the hub does not take the card: {one_line(error)}") from error
         repo = _create(api, parcel, update)
         upload = {"repo_id": repo, "folder_path": parcel.folder}
         done = patiently(lambda: api.upload_folder(**upload, commit_message="Add the tuned model"))
@@ -555,16 +534,6 @@ def owner_here(parcel: Parcel) -> str:
         raise
     except Exception as error:  # as in `send`
         raise _refused(error, parcel) from error
-
-
-def _validate(card: ModelCard) -> None:
-    """Have the hub's own validator look at the card."""
-    try:
-        patiently(card.validate)
-    except ValueError as error:
-        if isinstance(error, HfHubHTTPError):
-            raise
-        raise PushError(f"the hub does not take the card: {one_line(error)}") from error
 
 
 def _create(api: HfApi, parcel: Parcel, update: bool) -> str:
