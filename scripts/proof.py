@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scripts.base import RecipeError
 from scripts.config import Config
-from scripts.tables import MEASURES
 from scripts.hub import fetch
 from scripts.probes import Probe
+from scripts.tables import MEASURES
 
 SHOWN = ("exact", "first", "facts")  # of the measures of a reply, what the tables show
 

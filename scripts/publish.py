@@ -39,11 +39,11 @@ from huggingface_hub.utils import validate_repo_id
 from scripts.adapter import require_adapter
 from scripts.base import ROOT, InputError, RecipeError, one_line
 from scripts.config import Config, config_from_args
-from scripts.tables import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
 from scripts.hub import patiently, status_of
 from scripts.origins import read_origins
 from scripts.pairs.sources import local_path
 from scripts.proof import require_merged
+from scripts.tables import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
 
 # All that is ever sent of a model's folder: what loads it. Optimizer states, checkpoints and logs
 # have no way in.

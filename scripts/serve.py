@@ -30,13 +30,13 @@ from scripts.adapter import trained_folder
 from scripts.base import RecipeError
 from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
-from scripts.tables import MEASURES
 from scripts.gguf import conversations
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.judges import CONNECT, FIRST, Endpoint
 from scripts.pairs.tokens import end_tokens
 from scripts.probes import Probe, drawn, main_probe
 from scripts.proof import kept_replies, reply_measures, require_merged
+from scripts.tables import MEASURES
 
 # https://docs.vllm.ai/en/latest/api/vllm/config/lora, MaxLoRARanks
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
