@@ -56,6 +56,7 @@ from scripts.plan_memory import (
 )
 from scripts.training import build_trainer
 from tests.gpu.measured import STEP, in_a_process
+from tests.gpu_simulation.__main__ import PEAKS
 
 A100, RANK_416 = "configs/llama3-8b-a100.yaml", "configs/llama3-8b-a100-rank416.yaml"
 SMALL_GPU, FORTY = "configs/llama3-8b-24gb.yaml", "configs/llama3-8b-a100-40gb-short.yaml"
@@ -223,23 +224,7 @@ def test_a_layer_keeps_what_the_plan_says(tiny_run, tiny_llama3, tmp_path, monke
     assert 2 * layer == pytest.approx(deep - flat, rel=0.1)
 
 
-TRL = {"prefix_sharing": False}
-AGAIN = {"per_device_train_batch_size": 8, "activation_checkpointing": True}
-# GB of the reference pass and of a step, for pairs of the worst lengths, without CUDA context:
-# `python -m tests.gpu_simulation --all`, which runs the real trainer on tensors without data.
-SIMULATED = [
-    (A100, {}, 6.73, 48.24),
-    (RANK_416, {}, 21.98, 45.30),
-    (SMALL_GPU, {}, 5.93, 6.43),
-    (A100, AGAIN, 7.53, 12.92),
-    (A100, TRL, 55.56, 55.23),
-    (SMALL_GPU, TRL, 6.36, 6.53),
-    (A100, {"bf16": False}, 6.73, 70.10),
-    (A100, {"lora_target_modules": ["q_proj", "v_proj"]}, 6.21, 38.00),
-]
-
-
-@pytest.mark.parametrize(("config", "settings", "reference", "step"), SIMULATED, ids=str)
+@pytest.mark.parametrize(("config", "settings", "reference", "step"), PEAKS, ids=str)
 def test_the_plan_is_within_5_percent_of_the_simulated_peaks(config, settings, reference, step):
     cfg = planned(config, **settings)
     by_phase = phases(cfg, model_sizes(cfg), worst_lengths(cfg), True, 0)

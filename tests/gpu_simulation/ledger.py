@@ -26,8 +26,8 @@ SMALL = 2**24  # elements: a factory's integers are kept up to here
 class Ledger(TorchDispatchMode):
     """Counts the bytes of live storages on the GPU, by the part of the run that made them.
 
-    Used as a context. `phase(name)` begins a phase; `peaks()` gives the highest sum in each, and
-    `at_peak(name)` what was alive then.
+    Used as a context. `phase(name)` begins a phase; `peak(name)` gives the highest sum in it, and
+    what was alive then by part.
     """
 
     def __init__(self) -> None:
@@ -35,10 +35,9 @@ class Ledger(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.values = WeakIdKeyDictionary()  # a fake integer tensor: its real values
         self.parts: dict[int, str] = {}  # of an allocation: what it belongs to
-        self.live = Counter()  # bytes by part
         self.part = "model"
         self._held: dict[int, tuple] = {}  # a storage's address: (weak reference, number)
-        self._events: list[tuple[int, int, str]] = []  # (number, bytes, what); freed: negative
+        self._events: list[tuple[int, int]] = []  # (number, bytes); freed: negative
         self._phases: list[tuple[str, int]] = []
         self._now = ""
         self._numbers = count()
@@ -66,36 +65,28 @@ class Ledger(TorchDispatchMode):
 
     def relabel(self, tensor: torch.Tensor, part: str) -> None:
         """Say that what `tensor` lies in belongs to `part`."""
-        number = self._held[tensor.untyped_storage()._cdata][1]
-        size = next(b for n, b, _ in reversed(self._events) if n == number and b > 0)
-        self.live[self.parts[number]] -= size
-        self.live[part] += size
-        self.parts[number] = part
+        self.parts[self._held[tensor.untyped_storage()._cdata][1]] = part
 
-    def _note(self, tensor: torch.Tensor, what: str) -> None:
+    def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._held or not storage.nbytes():
             return
         size = -(-storage.nbytes() // 512) * 512  # torch's allocator rounds so
         number = next(self._numbers)
-        shape = "x".join(map(str, tensor.shape))
-        self._events.append((number, size, f"{what} {shape} {str(tensor.dtype)[6:]}"))
+        self._events.append((number, size))
         self.parts[number] = self.part
-        self.live[self.part] += size
         gone = lambda _, address=address, size=size: self._gone(address, size)  # noqa: E731
         self._held[address] = (ref(storage, gone), number)
 
     def _gone(self, address: int, size: int) -> None:
-        number = self._held.pop(address)[1]
-        self.live[self.parts[number]] -= size
-        self._events.append((number, -size, ""))
+        self._events.append((self._held.pop(address)[1], -size))
 
-    def workspace(self, size: int, what: str) -> None:
+    def workspace(self, size: int) -> None:
         """Bytes that a kernel takes and gives back within one operation."""
         number = next(self._numbers)
         self.parts[number] = "workspace"
-        self._events += [(number, size, what), (number, -size, "")]
+        self._events += [(number, size), (number, -size)]
 
     # What comes of it.
 
@@ -104,35 +95,19 @@ class Ledger(TorchDispatchMode):
         spans = zip(self._phases, ends, strict=True)
         return [(start, end) for (name, start), end in spans if name == phase]
 
-    def _highest(self, phase: str) -> tuple[int, int]:
-        """The most bytes in `phase`, and after how many events."""
+    def peak(self, phase: str) -> dict[str, float]:
+        """GB by part when most is alive in `phase`; `paged` memory, which torch does not count,
+        decides nothing and is added."""
         inside = {i for span in self._spans(phase) for i in range(*span)}
         now = most = at = 0
-        for index, (number, size, _) in enumerate(self._events):
+        for index, (number, size) in enumerate(self._events):
             now += 0 if self.parts[number] == "paged" else size
             if index in inside and now > most:
                 most, at = now, index + 1
-        return most, at
-
-    def peaks(self) -> dict[str, float]:
-        """GB at the peak of each phase, without paged memory, which torch does not count."""
-        return {name: self._highest(name)[0] / GB for name in dict(self._phases)}
-
-    def at_peak(self, phase: str) -> tuple[dict[str, float], list[tuple[str, int, float]]]:
-        """GB by part at the peak of `phase`, and the tensors then: (which, how many, GB in all)."""
-        alive = {}
-        for number, size, what in self._events[: self._highest(phase)[1]]:
-            if size > 0:
-                alive[number] = (size, what)
-            else:
-                alive.pop(number)
-        parts, bytes_, counts = Counter(), Counter(), Counter()
-        for number, (size, what) in alive.items():
-            label = f"[{self.parts[number]}] {what}"
+        parts = Counter()
+        for number, size in self._events[:at]:
             parts[self.parts[number]] += size / GB
-            bytes_[label] += size / GB
-            counts[label] += 1
-        return dict(parts), [(k, counts[k], size) for k, size in bytes_.most_common()]
+        return dict(parts)
 
     # How operations are answered.
 
@@ -143,8 +118,7 @@ class Ledger(TorchDispatchMode):
         to = kwargs.get("device")
         if not here and (to is None or torch.device(to).type != "cuda"):
             return func(*args, **kwargs)
-        name = func.name()
-        if special := SPECIAL.get(name.split(".")[0]):
+        if special := SPECIAL.get(func.name().split(".")[0]):
             out = special(self, func, args, kwargs)
             if out is not NotImplemented:
                 return out
@@ -153,13 +127,10 @@ class Ledger(TorchDispatchMode):
         with self.fake:
             out = func(*args, **kwargs)
         self._keep(out, known)
-        self._note_all(out, name)
-        return out
-
-    def _note_all(self, out, what: str) -> None:
         for tensor in tree_leaves(out):
             if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
-                self._note(tensor, what)
+                self._note(tensor)
+        return out
 
     def _real_masks(self, args, kwargs):
         """Boolean indices as the places that they mean: how many there are is in their values."""
@@ -184,7 +155,7 @@ class Ledger(TorchDispatchMode):
             tensor = torch.empty(real.shape, dtype=real.dtype, device="cuda")
         if not real.is_floating_point():
             self.values[tensor] = real
-        self._note(tensor, "copied")
+        self._note(tensor)
         return tensor
 
     def _known(self, func, args, kwargs):
@@ -249,35 +220,18 @@ def _gemm_4bit(ledger, func, args, kwargs):
         return bnb_cuda._dequant_linear_fallback(*args, **kwargs)
 
 
-def _int8_rows(ledger, func, args, kwargs):
-    """To 8 bits, a scale a row. Which columns hold outliers is in the data: here, none does."""
-    x = args[0]
-    ledger.workspace(3 * x.numel(), "int8: magnitudes, and which are outliers")
-    with ledger:
-        packed = torch.empty(x.shape, dtype=torch.int8, device="cuda")
-        return packed, torch.empty(x.shape[:-1], device="cuda"), None
-
-
-def _int8_product(ledger, func, args, kwargs):
-    """Summed in 32 bits, scaled in float16, and only then in the input's type."""
-    x, packed, weight = args[:3]
-    with ledger:
-        sums = packed.new_empty((*packed.shape[:-1], weight.shape[0]), dtype=torch.int32)
-        return torch.empty_like(sums, dtype=torch.float16).to(x.dtype), None
-
-
 def _flash_backward(ledger, func, args, kwargs):
     """The kernel sums the queries' gradient in float32 and keeps a float a query and head."""
     query = args[1]
     pairs, heads, tokens, size = query.shape
     padded = -(-tokens // 128) * 128
-    ledger.workspace(4 * pairs * heads * padded * (size + 1), "flash backward: sums in float32")
+    ledger.workspace(4 * pairs * heads * padded * (size + 1))
     return NotImplemented
 
 
 def _efficient_backward(ledger, func, args, kwargs):
     """This one, too, sums the queries' gradient in float32."""
-    ledger.workspace(4 * args[1].numel(), "efficient attention backward: sums in float32")
+    ledger.workspace(4 * args[1].numel())
     return NotImplemented
 
 
@@ -285,8 +239,6 @@ SPECIAL = {
     "aten::_local_scalar_dense": _read,
     "aten::_to_copy": _copy,
     "bitsandbytes::gemm_4bit": _gemm_4bit,
-    "bitsandbytes::int8_vectorwise_quant": _int8_rows,
-    "bitsandbytes::int8_mixed_scaled_mm": _int8_product,
     "bitsandbytes::optimizer_update_32bit": lambda *x: None,
     "bitsandbytes::optimizer_update_8bit_blockwise": lambda *x: None,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import scripts.sharing.trainer
 from scripts import plan_memory
 from scripts.benchmark import random_pairs
-from scripts.config import Config, load_config, parse_overrides
+from scripts.config import Config, load_config
 from scripts.plan_memory import Lengths, architecture, worst_lengths
 from scripts.quiet import quiet
 from scripts.training import build_trainer
@@ -28,10 +28,10 @@ CHECKS: list[tuple] = [(scripts.sharing.trainer, "disagreement", lambda *scores:
 OUTPUT = str(Path(tempfile.gettempdir()) / "gpu-simulation-run")
 
 
-def config(name: str, overrides: list[str]) -> Config:
+def config(name: str, overrides: dict) -> Config:
     """The config's own values but for how long it runs and what it writes."""
     quiet()
-    cfg = load_config(name, SHORT | {"output_dir": OUTPUT} | parse_overrides(overrides))
+    cfg = load_config(name, SHORT | {"output_dir": OUTPUT} | overrides)
     if reason := unsimulated(cfg):
         raise SystemExit(f"not simulated: {reason}")
     return cfg
@@ -42,10 +42,7 @@ def unsimulated(cfg: Config) -> str | None:
     if cfg.recipe.prefix_sharing and cfg.recipe.prefix_attention == "flex":
         return "torch compiles flex attention's kernel, and compiles none here; set segments"
     if cfg.dpo.precompute_ref_log_probs:
-        return (
-            "precompute_ref_log_probs scores the reference before anything is trained, beside no "
-            "gradients or optimiser; set it to false: a step's peak is the same"
-        )
+        return "precompute_ref_log_probs scores the reference before training; set it to false"
     return None
 
 
@@ -64,10 +61,7 @@ def trainer(cfg: Config, model, tokenizer, lengths: tuple[int, int, int], second
     return made
 
 
-def plan(cfg: Config, lengths: tuple[int, int, int]) -> dict[str, dict[str, float]]:
-    """The plan's GB by phase and part, without the CUDA context."""
-    phases = plan_memory.phases(cfg, plan_memory.model_sizes(cfg), Lengths(*lengths), True, 0)
-    return {
-        name: {part: size / plan_memory.GB for part, size in parts.items() if part != "runtime"}
-        for name, parts in phases.items()
-    }
+def plan(cfg: Config, lengths: Lengths) -> dict[str, float]:
+    """The plan's GB by phase, without the CUDA context."""
+    by_phase = plan_memory.phases(cfg, plan_memory.model_sizes(cfg), lengths, True, 0)
+    return {name: plan_memory.peak(by_phase[name]) for name in ("reference", "step")}
