@@ -30,7 +30,6 @@ from scripts.preflight import (
     triton,
     versions,
 )
-from scripts.selfcheck import selfcheck
 
 A100 = "configs/llama3-8b-a100.yaml"
 OPEN = (200, {}, b'{"id": "m", "gated": false}')
@@ -289,7 +288,3 @@ def test_the_command_answers_within_twenty_seconds():
         assert done.returncode == 1
         assert "FAIL  GPU" in done.stdout
         assert done.stderr.startswith("error: this run would fail: GPU")
-
-
-def test_what_is_installed_works_together():
-    assert "NF4 works on" in selfcheck()

@@ -2,6 +2,7 @@
 are stand-ins on PATH, the script is the real one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import pytest
 import torch
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 
-from scripts import selfcheck
 from scripts.base import ROOT
 from scripts.sharing.compiler import missing_for_triton, use_torch_head_without_compiler
 
@@ -57,7 +57,7 @@ def set_up(tmp_path):
         ("570.172.08", "12.6", {"SYSTEM_TORCH": "1"}, None),
         ("515.43", "12.6", {"SYSTEM_TORCH": "1"}, "525"),
         ("570.172.08", "13.0", {"SYSTEM_TORCH": "1"}, "580"),
-        ("570.172.08", "", {"SYSTEM_TORCH": "1"}, None),  # a CPU build: the self-check's to say
+        ("570.172.08", "", {"SYSTEM_TORCH": "1"}, None),  # a CPU build: the last check's to say
         ("", "", {}, None),  # nvidia-smi fails: no driver to speak of
         (None, "", {}, None),
     ],
@@ -92,21 +92,82 @@ def test_an_nvidia_smi_that_fails_is_told(set_up, smi, said):
     assert (said or "") in done.stderr
 
 
+def check(**env) -> subprocess.CompletedProcess:
+    """The last step of set-up, on the environment that is here."""
+    if not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("there is no .venv here")
+    return subprocess.run(
+        ["bash", ROOT / "scripts" / "setup.sh", "--check"], capture_output=True, text=True,
+        env=os.environ | env,
+    )  # fmt: skip
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
-def test_a_gpu_that_torch_cannot_use_fails_the_self_check(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    command(tmp_path, "nvidia-smi", "echo 'GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-1)'")
-    with pytest.raises(RuntimeError, match="lists GPU 0: NVIDIA A100-SXM4-80GB, but torch"):
-        selfcheck.selfcheck()
-    command(tmp_path, "nvidia-smi", "echo 'Driver/library version mismatch'; exit 18")
-    with pytest.raises(RuntimeError, match="nvidia-smi fails: Driver/library version mismatch"):
-        selfcheck.selfcheck()
-    command(tmp_path, "nvidia-smi", "echo 'No devices were found'; exit 6")
-    assert "NF4 works on the CPU" in selfcheck.selfcheck()
+@pytest.mark.parametrize(
+    ("smi", "said"),
+    [
+        ("echo 'GPU 0: NVIDIA A100-SXM4-80GB'", "'GPU 0: NVIDIA A100-SXM4-80GB', but torch"),
+        ("echo 'Driver/library version mismatch'; exit 18", "library version mismatch', but torch"),
+        ("echo 'No devices were found'; exit 6", None),
+    ],
+)
+def test_the_check_at_the_end_says_when_a_gpu_cannot_be_used(tmp_path, smi, said):
+    command(tmp_path, "nvidia-smi", smi)
+    done = check(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    if said:
+        assert done.returncode == 1 and said in done.stderr
+        assert done.stderr.startswith("setup: check failed") and done.stderr.count("\n") == 1
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "NF4 works on the CPU" in done.stdout
 
 
-def test_the_self_checks_of_a_gpu_compare_with_torch():
-    assert selfcheck.check_head(torch.device("cpu")) == ", Triton compiles"
+@pytest.mark.gpu
+def test_on_a_gpu_the_check_launches_a_kernel():
+    done = check()
+    assert done.returncode == 0, done.stderr
+    assert "NF4 works on" in done.stdout and "WARNING" not in done.stdout
+
+
+def test_the_torch_of_a_venv_is_used_and_its_triton_kept(tmp_path):
+    """SYSTEM_TORCH=1 with an interpreter that is itself of a venv."""
+    theirs, project = tmp_path / "theirs", tmp_path / "project"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", theirs], check=True)
+    packages = next(theirs.glob("lib/python*/site-packages"))
+    for name in ("torch", "triton"):
+        (packages / name).mkdir()
+        (packages / name / "__init__.py").write_text("class cuda:\n    is_available = bool\n")
+    (project / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "setup.sh", project / "scripts")
+    (project / "requirements.txt").write_text("torch==1\n")
+    (project / "requirements-dev.txt").write_text("triton==1\n-r requirements-chat.txt\n")
+    (project / "requirements-chat.txt").write_text("pip\n")
+    (project / "requirements.lock").write_text("torch==1\ntriton==1\n")
+    done = subprocess.run(
+        ["bash", project / "scripts" / "setup.sh", "--dev"], capture_output=True, text=True,
+        env={"PATH": os.environ["PATH"], "PYTHON": str(theirs / "bin" / "python"),
+             "SYSTEM_TORCH": "1", "PIP_NO_INDEX": "1"},
+    )  # fmt: skip
+    assert "transformers cannot be imported" in done.stdout, done.stderr  # pip had nothing to do
+    code = "import torch, triton; print(torch.__file__, triton.__file__)"
+    found = subprocess.run(
+        [project / ".venv" / "bin" / "python", "-c", code], capture_output=True, text=True
+    )
+    assert found.stdout.count(str(packages)) == 2, found.stderr
+
+
+def test_every_pin_of_the_hashes_is_the_locks():
+    lock = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if not line.startswith("#"):
+            lock.setdefault(line.split("==")[0], set()).add(line.split(" ; ")[0])
+    text = (ROOT / "requirements.hashes.txt").read_text()
+    pins = re.findall(r"^(\S+==\S+)", text, re.MULTILINE)
+    assert pins and all(pin in lock[pin.split("==")[0]] for pin in pins)
+    assert all("--hash=sha256:" in entry for entry in re.split(r"\n(?=\S)", text)[2:])
+    direct = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = {line.split(" ")[0].lower() for line in direct if not line.startswith(("#", "torch"))}
+    assert wanted <= set(pins)  # after a change of a pin: tests/lock_hashes.py
 
 
 def test_what_triton_needs_is_looked_for(tmp_path, monkeypatch):
@@ -154,8 +215,3 @@ def test_one_process_takes_one_gpu(env, devices):
         env={"PATH": os.environ["PATH"], **env},
     )  # fmt: skip
     assert done.stdout.strip() == devices
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_self_check_launches_a_kernel():
-    assert ", Triton compiles" in selfcheck.selfcheck()

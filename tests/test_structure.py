@@ -19,7 +19,7 @@ ORDER = [
     "pairs.building", "sharing", "driver", "plan_memory", "data", "adapter", "plan", "training",
     "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "licences", "card",
     "publish", "shipping", "export", "serve", "chat", "benchmark", "headless", "run",
-    "repeat", "site", "selfcheck",
+    "repeat", "site",
 ]  # fmt: skip
 BUILDING = {
     f"scripts.pairs.{name}" for name in ("build", "checker", "judges")
