@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -39,7 +40,7 @@ from transformers import (
 )
 from trl import get_peft_config, get_quantization_config
 
-from scripts.base import RecipeError
+from scripts.base import RecipeError, one_line
 from scripts.config import Config, config_from_args
 from scripts.hub import HubError, fetch
 from scripts.login import WHEELS as WHEELS
@@ -48,6 +49,33 @@ from scripts.login import falls_back, hub_state, why_not
 from scripts.memory import keep_freed_memory, return_freed_memory
 from scripts.origins import model_origin, record_origin
 from scripts.progress import Progress
+
+
+class ModelSource(NamedTuple):
+    """What `from_pretrained` is given: a path (or the hub's name) and a commit; and where it is."""
+
+    path: str
+    commit: str
+    where: str
+
+
+def find_model(cfg: Config) -> ModelSource:
+    """Find the model of `cfg`, check that it goes with the config, and have it on this machine.
+
+    The check reads the model's config alone, so a mistake shows before 16 GB are downloaded. Which
+    model it was goes into the run folder.
+
+    Raises:
+        RecipeError: it could not be found or fetched, or does not go with the config.
+    """
+    path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
+    fetch(path, cfg.model.model_revision, weights=False)
+    check_architecture(cfg, path)
+    commit = fetch(path, cfg.model.model_revision)
+    if cfg.dpo.device.type == "cpu":
+        keep_freed_memory()
+    record_origin(cfg, "model", model_origin(cfg.model.model_name_or_path, path, commit))
+    return ModelSource(path, commit, where)
 
 
 def resolve_model(name: str, revision: str = "main") -> tuple[str, str]:
@@ -140,9 +168,9 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     """
     commit = fetch(path, revision, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=False)
     except Exception as error:  # a damaged file fails in any of the classes that read it
-        raise RecipeError(f"the tokenizer of {path} cannot be read: {_first(error)}") from error
+        raise RecipeError(f"the tokenizer of {path} could not be read: {one_line(error)}") from error
     if tokenizer.chat_template is None:
         raise RecipeError(
             f"{path} has no chat template: name an Instruct model, or add a chat_template.jinja"
@@ -169,15 +197,12 @@ def tokenizer_at_hand(name: str, revision: str = "main") -> PreTrainedTokenizerB
 def load_model(cfg: Config, path: str) -> PreTrainedModel:
     """The policy's base model, quantized as `cfg.model` says, on the device that trains it.
 
-    From the hub it is fetched first, whole and checked. Weights are read from safetensors alone.
+    The notebook writes these calls out. Weights are read from safetensors alone, and no code that
+    a model brings is run.
 
     Raises:
-        RecipeError: it cannot be had, or does not go with the config; that is found before any
-            weights are read.
+        RecipeError: the model could not be loaded.
     """
-    if cfg.dpo.device.type == "cpu":
-        keep_freed_memory()
-    check_architecture(cfg, path)
     commit = fetch(path, cfg.model.model_revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -188,16 +213,12 @@ def load_model(cfg: Config, path: str) -> PreTrainedModel:
             quantization_config=get_quantization_config(cfg.model),
             device_map={"": cfg.dpo.device},
             use_safetensors=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise RecipeError(f"the model of {path} cannot be loaded: {_first(error)}") from error
+        raise RecipeError(f"the model of {path} could not be loaded: {one_line(error)}") from error
     model.config.use_cache = False  # the cache only serves generation, which turns it on itself
-    record_origin(cfg, "model", model_origin(cfg.model.model_name_or_path, path, commit))
     return model
-
-
-def _first(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def check_architecture(cfg: Config, path: str, revision: str | None = None) -> None:
@@ -210,7 +231,7 @@ def check_architecture(cfg: Config, path: str, revision: str | None = None) -> N
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"the config of {path} cannot be read: {_first(error)}") from error
+        raise RecipeError(f"the config of {path} could not be read: {one_line(error)}") from error
     if problem := attention_problem(config, cfg.model.attn_implementation):
         raise RecipeError(problem)
     with init_empty_weights(include_buffers=True):
@@ -219,7 +240,7 @@ def check_architecture(cfg: Config, path: str, revision: str | None = None) -> N
             if lora := get_peft_config(cfg.model):
                 get_peft_model(model, lora)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise RecipeError(f"{path} does not go with the config: {_first(error)}") from error
+            raise RecipeError(f"{path} does not go with the config: {one_line(error)}") from error
 
 
 def attention_problem(config: PretrainedConfig, wanted: str | None) -> str | None:

@@ -1,9 +1,9 @@
-"""The rooms of the code: what imports what, lazy imports counted, and what stays light."""
+"""The house: who imports whom, how much a command loads, and one meaning for every name."""
 
 import ast
-import json
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,9 @@ import pytest
 from scripts.base import ROOT
 from scripts.cli import COMMANDS
 
-# Downstream order: a room may import from those before it, and from itself. A step of the story
-# (a file at the top of scripts/) is a room of its own.
-ORDER = [
-    "cli", "hosted", "values", "places", "rules", "config", "checkpoints", "hub", "measures",
-    "pairs.reading", "plots", "monitoring", "origins", "login", "model", "generation",
-    "pairs.building", "sharing", "driver", "plan_memory", "data", "adapter", "plan", "training",
-    "preflight", "probes", "evaluate", "doctor", "compare", "lessons", "licences", "card",
-    "publish", "shipping", "export", "serve", "chat", "benchmark", "headless", "run",
-    "repeat", "site",
-]  # fmt: skip
-BUILDING = {
-    f"scripts.pairs.{name}" for name in ("build", "checker", "judges")
-}  # the part of pairs that needs a model
-APART = {"launchable"}  # a room that only the first may serve
+GROUND = {"scripts.base", "scripts.progress"}  # what every room may stand on
+PRODUCTS = ("scripts.sharing", "scripts.pairs")  # usable without the recipe
+HEAVY = ("torch", "transformers", "trl", "datasets", "pandas", "matplotlib", "numpy")
 
 
 def modules() -> dict[str, Path]:
@@ -36,28 +25,21 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of scripts/ that a file imports anywhere, inside functions too."""
+def imported(source: str, known: set[str]) -> set[str]:
+    """The modules among `known` that `source` imports anywhere, inside functions too."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, "a relative import"
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return {name for name in names if name in known and name != "scripts"}
 
 
 def graph() -> dict[str, set[str]]:
     known = modules()
-    return {name: imported(path, known) for name, path in known.items()}
-
-
-def room(module: str) -> str:
-    if module in BUILDING:
-        return "pairs.building"
-    name = module.split(".")[1]
-    return "pairs.reading" if name == "pairs" else name
+    return {name: imported(path.read_text(), set(known)) for name, path in known.items()}
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
@@ -77,90 +59,76 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
         done.add(name)
         return []
 
-    for name in sorted(edges):
-        if found := visit(name):
-            return found
-    return []
+    return next((found for name in sorted(edges) if (found := visit(name))), [])
 
 
-def upstream(edges: dict[str, set[str]]) -> list[str]:
-    """Imports that run against `ORDER`, or into a room that stands apart."""
-    wrong = []
-    for name, others in edges.items():
-        if name in ("scripts", "scripts.__main__"):
-            continue
-        for other in others:
-            here, there = room(name), room(other)
-            if here == there or there == "cli":
-                continue
-            if {here, there} & APART or ORDER.index(there) > ORDER.index(here):
-                wrong.append(f"{name} imports {other}")
-    return wrong
+def borrowed(edges: dict[str, set[str]]) -> list[str]:
+    """Imports by which one of the `PRODUCTS` leans on the recipe or on the other."""
+    return [
+        f"{name} imports {other}"
+        for name, others in edges.items()
+        for product in PRODUCTS
+        if name.startswith(product)
+        for other in sorted(others - GROUND)
+        if not other.startswith(product)
+    ]
 
 
 def test_no_import_circle():
     assert circle(graph()) == []
 
 
-def test_no_arrow_runs_upstream():
-    assert upstream(graph()) == []
+def test_the_trainer_and_the_data_tools_stand_alone():
+    assert borrowed(graph()) == []
 
 
-def test_a_circle_and_an_upstream_arrow_would_be_seen(tmp_path):
-    lazy = tmp_path / "lazy.py"
-    lazy.write_text("def f():\n    from scripts.run import execute\n    import scripts.benchmark\n")
-    assert imported(lazy, modules()) == {"scripts.run", "scripts.benchmark"}
+def test_faults_of_these_kinds_would_be_seen():
+    known = {"scripts.run", "scripts.plan", "scripts.base"}
+    lazy = "def f():\n    from scripts.run import execute\n    import scripts.plan\n"
+    assert imported(lazy, known) == {"scripts.run", "scripts.plan"}
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c"]
-    assert upstream({"scripts.plan": {"scripts.benchmark"}}) != []
-    assert upstream({"scripts.launchable": {"scripts.config"}}) != []
-    assert upstream({"scripts.pairs.formats": {"scripts.pairs.build"}}) != []
+    assert borrowed({"scripts.pairs.files": {"scripts.config", "scripts.base"}}) != []
+    assert borrowed({"scripts.sharing.row": {"scripts.pairs.tokens"}}) != []
 
 
-def test_every_room_has_its_place():
-    rooms = {room(name) for name in modules() if name not in ("scripts", "scripts.__main__")}
-    assert rooms == {*ORDER, *APART}
+def test_one_name_has_one_meaning():
+    """No public function or class of the same name in two modules, and no two modules either."""
+    where = defaultdict(set)
+    for module, path in modules().items():
+        where[module.rsplit(".", 1)[-1]].add(module)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                where[node.name].add(module)
+    # every command has its `main`, and packages their `__main__`
+    twice = {n: found for n, found in where.items() if len(found) > 1 and n.strip("_") != "main"}
+    assert twice == {}
 
 
-HEAVY = ("torch", "transformers", "trl", "datasets", "pandas", "matplotlib", "numpy")
+def test_training_loads_few_modules_of_ours():
+    ours = "[m for m in sys.modules if m.split(chr(46))[0] == 'scripts']"
+    code = f"import sys, scripts.training; print(*{ours})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.split()) <= 35, done.stdout
 
 
 def loaded_by(*command: str) -> set[str]:
     """Which heavy libraries a command has loaded by the time it ends."""
     code = (
-        "import runpy, sys, json\n"
+        "import runpy, sys\n"
         f"sys.argv = {list(command)!r}\n"
         "try:\n    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
         "except SystemExit:\n    pass\n"
-        f"print('\\n' + json.dumps([n for n in {HEAVY!r} if n in sys.modules]))"
+        f"print('\\nloaded', *[n for n in {HEAVY!r} if n in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return set(json.loads(done.stdout.splitlines()[-1]))
+    return set(done.stdout.splitlines()[-1].split()[1:])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_and_mistyped_options_load_no_library(name):
     assert loaded_by(f"scripts.{name}", "--help") == set()
     assert loaded_by(f"scripts.{name}", "--no-such-option") == set()
-
-
-def test_the_launchable_needs_no_torch():
-    assert loaded_by("scripts.launchable") == set()
-
-
-@pytest.mark.parametrize(
-    "command",
-    ["data check", "data build", "plan", "export push", "export gguf", "export",
-     "serve", "benchmark", "run"],
-)  # fmt: skip
-def test_help_tells_the_options_of_the_action(command):
-    done = subprocess.run(
-        [sys.executable, "-m", *f"scripts.{command} --help".split()],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0
-    option = {"data build": "--judge-url", "plan": "--lengths", "benchmark": "--repeats"}
-    option |= {"export gguf": "--types", "export": "--rows", "serve": "--least-same"}
-    assert option.get(command, "--config") in done.stdout
-    assert f"python -m scripts.{command.split()[0]}" in done.stdout
