@@ -111,11 +111,11 @@ def load_adapter(model: PeftModel | PreTrainedModel, saved: Path) -> None:
         refuse_other_base(saved, model.get_base_model().config.name_or_path)
         _refuse_other_settings(model, saved)
         weights = load_peft_weights(str(saved), device="cpu")
-        _refuse_other_shapes(get_peft_model_state_dict(model), weights, saved)
+        _refuse_different(saved, _shapes(weights), _shapes(get_peft_model_state_dict(model)))
         set_peft_model_state_dict(model, weights)
     else:
         weights = AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype).state_dict()
-        _refuse_other_shapes(model.state_dict(), weights, saved)
+        _refuse_different(saved, _shapes(weights), _shapes(model.state_dict()))
         model.load_state_dict(weights)
 
 
@@ -143,32 +143,27 @@ def refuse_other_base(saved: Path, base: str) -> None:
 def _refuse_other_settings(model: PeftModel, saved: Path) -> None:
     """Raise an `AdapterError` if an adapter's saved config is not that of `model`'s adapter."""
     theirs, ours = PeftConfig.from_pretrained(str(saved)), model.peft_config["default"]
-    differences = []
-    for name in SETTINGS:
-        there, here = getattr(theirs, name, None), getattr(ours, name, None)
-        if there != here:
-            there, here = (sorted(v) if isinstance(v, set) else v for v in (there, here))
-            differences.append(f"{name} is {there} there and {here} here")
-    _refuse(saved, differences)
+    _refuse_different(
+        saved,
+        {name: getattr(theirs, name, None) for name in SETTINGS},
+        {name: getattr(ours, name, None) for name in SETTINGS},
+    )
 
 
-def _refuse_other_shapes(
-    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], saved: Path
-) -> None:
-    """Raise an `AdapterError` if the saved tensors `theirs` are not those of `ours`."""
-    differences = [f"{name} is missing there" for name in ours if name not in theirs]
-    differences += [f"{name} has no place here" for name in theirs if name not in ours]
-    for name in (name for name in ours if name in theirs):
-        there, here = tuple(theirs[name].shape), tuple(ours[name].shape)
-        if there != here:
-            differences.append(f"{name} is {there} there and {here} here")
-    _refuse(saved, differences)
+def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-def _refuse(saved: Path, differences: list[str]) -> None:
-    if differences:
-        more = f", and {len(differences) - 3} more" * (len(differences) > 3)
+def _refuse_different(saved: Path, there: dict, here: dict) -> None:
+    """Raise an `AdapterError` that names the first keys in which `there` is not `here`."""
+    different = [
+        f"{key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here"
+        for key in dict.fromkeys([*there, *here])
+        if key not in there or key not in here or there[key] != here[key]
+    ]
+    if different:
+        more = f", and {len(different) - 3} more" * (len(different) > 3)
         raise AdapterError(
-            f"{saved} does not fit this model: {'; '.join(differences[:3])}{more}. Give the "
-            f"config that it was trained with: --config {saved.parent / 'config.yaml'}"
+            f"{saved} does not fit this model: {'; '.join(different[:3])}{more}. Give the config "
+            f"that it was trained with: --config {saved.parent / 'config.yaml'}"
         )

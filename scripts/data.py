@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from scripts import plots
 from scripts.config import Config, config_from_args
-from scripts.model import load_tokenizer, resolve_model
+from scripts.model import find_model, load_tokenizer, resolve_model
 from scripts.origins import dataset_origin, record_origin
 from scripts.pairs.checks import KINDS, Finding, Report
 from scripts.pairs.load import check_preferences
@@ -190,9 +190,18 @@ def check(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.action == "build":
-        from scripts.pairs.build import build  # which needs a model, and so loads more
+        from scripts.pairs.build import Build  # which needs a model, and so loads more
+        from scripts.pairs.sampling import sampler_class
 
-        return build(args)
+        cfg = config_from_args(args)
+        job = Build.of(args, cfg.dpo.device)  # mistakes show before a model is fetched
+        source = find_model(cfg)
+        print(source.where)
+        sampler = sampler_class(args.backend)(
+            cfg.model.model_name_or_path, source.path, source.commit, cfg.model.dtype,
+            cfg.dpo.device, args.max_new_tokens, args.temperature, args.top_p,
+        )  # fmt: skip
+        return job.run(sampler)
     cfg = config_from_args(args)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)

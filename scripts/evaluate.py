@@ -388,7 +388,9 @@ def main(args: argparse.Namespace) -> None:
     trained = require_adapter(cfg)
     run = assemble(cfg)
     load_adapter(run.trainer.model, trained)
-    judge = make_judge(args, cfg) if args.judge != "checker" else None  # before any reply
+    judge = (
+        make_judge(args, cfg.dpo.device) if args.judge != "checker" else None
+    )  # before any reply
     figures, frame = evaluate(run.trainer, cfg, run.pairs["test"])
     if judge:
         wins = judged_wins(frame, main_probe(cfg, run.pairs["test"]).prompts, judge)

@@ -170,7 +170,9 @@ def load_tokenizer(path: str, revision: str = "main") -> PreTrainedTokenizerBase
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=False)
     except Exception as error:  # a damaged file fails in any of the classes that read it
-        raise RecipeError(f"the tokenizer of {path} could not be read: {one_line(error)}") from error
+        raise RecipeError(
+            f"the tokenizer of {path} could not be read: {one_line(error)}"
+        ) from error
     if tokenizer.chat_template is None:
         raise RecipeError(
             f"{path} has no chat template: name an Instruct model, or add a chat_template.jinja"

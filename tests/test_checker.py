@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 
 from scripts.base import ROOT
-from scripts.pairs.build import read_prompts, styled
+from scripts.pairs.build import read_prompts
 from scripts.pairs.checker import Checker
 from scripts.pairs.grounded import check
 from scripts.pairs.passages import read_questions
 from scripts.pairs.provenance import read_jsonl
+from scripts.pairs.sampling import styled
 
 PASSAGE = (
     "The Velno blender has a glass jug that holds 1.8 litres. A new blade costs 14 dollars and a "

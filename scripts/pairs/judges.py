@@ -19,11 +19,10 @@ from typing import NamedTuple
 import requests
 import torch
 from requests.adapters import HTTPAdapter
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from urllib3.util import Retry
 
-from scripts.base import RecipeError
-from scripts.model import load_tokenizer
+from scripts.base import RecipeError, one_line
 from scripts.pairs.provenance import weights_state
 from scripts.pairs.text import fact_recall, repeated_ngram_share
 from scripts.pairs.tokens import tokenize_conversations
@@ -115,15 +114,16 @@ class RewardModel:
         self.name, self.workers = f"reward:{path}", 1
         self.path, self.least_gap = path, least_gap
         try:
-            self.tokenizer = load_tokenizer(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForSequenceClassification.from_pretrained(
                 path,
                 dtype=torch.float32 if str(device) == "cpu" else torch.bfloat16,
                 use_safetensors=True,
             ).to(device)
-        except (OSError, ValueError, RecipeError) as error:
-            reason = str(error).splitlines()[0]
-            raise JudgeError(f"cannot load the reward model {path}: {reason}") from error
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"cannot load the reward model {path}: {one_line(error)}") from error
+        if self.tokenizer.chat_template is None:
+            raise JudgeError(f"the reward model {path} has no chat template")
         if self.model.config.num_labels != 1:
             raise JudgeError(
                 f"{path} gives {self.model.config.num_labels} numbers, a reward model gives one"

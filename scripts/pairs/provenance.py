@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from scripts.base import RecipeError
+from scripts.base import RecipeError, write_whole
 
 
 def digest(value: Any) -> str:
@@ -107,8 +107,6 @@ def append_to(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def write_whole(path: Path, rows: list[dict]) -> None:
-    """Write a JSON-lines file in one step: no other process, and no kill, leaves half of it."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(map(line, rows)), encoding="utf-8")
-    partial.replace(path)
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a JSON-lines file whole, or not at all."""
+    write_whole(path, "".join(map(line, rows)))
