@@ -2,7 +2,9 @@
 
     python -m scripts.compare outputs/smollm2-135m-cpu outputs/smollm2-135m-cpu-beta-0.2
 
-Reads `config.yaml`, `metrics.jsonl`, `evaluation.json` and `replies.jsonl` of the two run folders.
+Two runs with the same settings are also compared figure by figure, to see whether a repeated run
+gives the same. Reads `config.yaml`, `metrics.jsonl`, `evaluation.json`, `replies.jsonl` and
+`environment.json` of both run folders.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ if __name__ == "__main__":
     ARGS = cli.parse("compare")  # before the libraries load, so that --help is answered at once
 
 import argparse
+import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +52,8 @@ class Comparison:
     remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [*self.remarks, "What differs in the settings:"]
-        parts.append(self.settings.to_string() if len(self.settings) else "nothing")
+        settings = self.settings.to_string() if len(self.settings) else "none"
+        parts = [*self.remarks, "Settings that differ:", settings]
         return "\n\n".join([*parts, "Figures, with 95% intervals:", self.figures.to_string()])
 
     def _repr_html_(self) -> str:
@@ -67,24 +70,26 @@ class Comparison:
 def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
     """Compare the runs in two folders.
 
-    Replies to the same prompts are compared prompt by prompt, and the `change` from the first run
-    to the second has an interval of its own; else the figures only stand beside each other.
+    Replies to the same prompts are compared prompt by prompt, which gives the `change` from the
+    first run to the second its own interval. With other prompts there is no such column.
 
     Raises:
-        RecipeError: one of the folders is no run's.
+        RecipeError: one of the folders is not a run's.
     """
     folders = [Path(run_a), Path(run_b)]
     runs = {name: read_run(folder) for name, folder in zip(names(*folders), folders, strict=True)}
     remarks = [
-        f"{name} has no evaluation yet: only its training is compared."
+        f"{name} has no evaluation yet: only the training is compared."
         for name, run in runs.items()
         if not run.evaluation
     ]
-    rows = _trained(runs)
+    rows, settings = _trained(runs), _settings(runs)
     if not remarks:
-        rows, remarks = rows | _measured(runs, folders, remarks), remarks
+        rows |= _measured(runs, folders, remarks)
+    if settings.empty:
+        remarks += _repeated(runs, folders)
     return Comparison(
-        _settings(runs),
+        settings,
         pd.DataFrame.from_dict(rows, orient="index").fillna(""),
         {name: pd.DataFrame(run.steps).set_index("step") for name, run in runs.items()},
         tuple(remarks),
@@ -106,6 +111,30 @@ def _settings(runs: dict[str, RunFolder]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(differ, orient="index", columns=list(runs))
 
 
+def _repeated(runs: dict[str, RunFolder], folders: list[Path]) -> list[str]:
+    """For runs with the same settings: whether all figures are equal, and what may explain it."""
+    one, other = (
+        pd.json_normalize(
+            {f"step {step['step']}": step for step in run.steps} | {"evaluation": run.evaluation}
+        ).T[0]
+        for run in runs.values()
+    )
+    every = list(dict.fromkeys([*one.index, *other.index]))
+    differ = [name for name in every if str(one.get(name)) != str(other.get(name))]
+    if not differ:
+        return [f"Same settings, and all {len(every):,} figures are equal."]
+    first = differ[0]
+    remarks = [
+        f"Same settings, but {len(differ):,} of {len(every):,} figures differ. The first is "
+        f"{first}: {one.get(first)} and {other.get(first)}."
+    ]
+    with suppress(OSError, ValueError):
+        then, now = (json.loads((f / "environment.json").read_text()) for f in folders)
+        changed = [f"{k}: {then[k]} and {now.get(k)}" for k in then if then[k] != now.get(k)]
+        remarks.append(f"Versions and machine: {'; '.join(changed) or 'the same'}.")
+    return remarks
+
+
 def _trained(runs: dict[str, RunFolder]) -> dict[str, dict[str, str]]:
     rows = {"training: optimiser steps": {n: str(r.steps[-1]["step"]) for n, r in runs.items()}}
     for column, text in ENDS.items():
@@ -116,7 +145,7 @@ def _trained(runs: dict[str, RunFolder]) -> dict[str, dict[str, str]]:
 def _measured(
     runs: dict[str, RunFolder], folders: list[Path], remarks: list[str]
 ) -> dict[str, dict[str, str]]:
-    """The tuned models' figures; adds to `remarks` why there is no change, if there is none."""
+    """The tuned models' figures; adds to `remarks` if there can be no `change`."""
     (a, one), (b, other) = runs.items()
     rows = {
         text: {name: with_interval(run.evaluation[key]) for name, run in runs.items()}
@@ -128,7 +157,7 @@ def _measured(
             figures = {a: with_interval(found["one"]), b: with_interval(found["other"])}
             rows[MEASURES[key]] = figures | {"change": with_interval(found["change"], signed=True)}
         return rows
-    remarks.append("The runs replied to different prompts: there is no change prompt by prompt.")
+    remarks.append("The runs replied to different prompts, so there is no change prompt by prompt.")
     for key, text in MEASURES.items():
         if all(key in run.evaluation["measures"] for run in (one, other)):
             rows[text] = {
@@ -145,12 +174,11 @@ def _same_prompts(folders: list[Path]) -> pd.DataFrame | None:
     first, second = (pd.read_json(file, lines=True, dtype=False) for file in files)
     if list(first["prompt"]) != list(second["prompt"]):
         return None
-    found = {"cluster": first["cluster"]}
-    for who, frame in (("one", first), ("other", second)):
-        for key in MEASURES:
-            if f"tuned_{key}" in frame:
-                found[f"{who}_{key}"] = frame[f"tuned_{key}"]
-    return pd.DataFrame(found)
+    tuned = [
+        frame.filter(regex="^tuned_").rename(columns=lambda name, who=who: who + name[5:])
+        for who, frame in (("one", first), ("other", second))
+    ]
+    return pd.concat([first["cluster"], *tuned], axis=1)
 
 
 def other_runs(run_dir: str | Path) -> list[Path]:

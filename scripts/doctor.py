@@ -2,8 +2,8 @@
 
     python -m scripts.doctor outputs/smollm2-135m-cpu
 
-Looks at `metrics.jsonl`, and at `config.yaml` and `evaluation.json` where they are there. Rewards
-are in nats, as in the log: beta times a log-ratio (DPO paper, arXiv 2305.18290, section 4).
+Reads `metrics.jsonl` and, if they exist, `config.yaml`, `evaluation.json` and `failed_batch.json`.
+Rewards are in nats, as in the log: beta times a log-ratio (DPO paper, arXiv 2305.18290, section 4).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,20 +26,16 @@ import yaml
 
 from scripts.base import RecipeError
 
-FEWEST_STEPS = 10  # of fewer logs no trend is told
-# The answers' log-probability, not the reward: how far an answer fell must not depend on beta.
+FEWEST_STEPS = 10  # with fewer logs there is no trend to see
+# In log-probability, not reward: how far an answer fell must not depend on beta.
 FALLEN = 2.0  # nats that the chosen answers lost, on average
 FALLEN_SHARE = 0.2  # of the margin; a smaller fall is a side effect
-LEAP_SHARE, LEAP_NATS = 0.5, 1.0  # of the largest margin, between two logs; and at least so much
+LEAP_SHARE, LEAP_NATS = 0.5, 1.0  # share of the largest margin between two logs, and at least this
 EARLY = 0.2  # the first fifth of the run
 ALL_RIGHT = 0.99  # an accuracy of 1, give or take a pair in a hundred
 NO_MARGIN = 0.02  # nats of reward: nothing was learned
 LENGTH_RULE, LENGTH_FOLLOWS = 0.9, 0.7  # accuracy of length alone; correlation of margins with it
-OVERFITTED = 0.2  # accuracy on training pairs above that on held-out ones
-
-COLUMNS = (  # of a training step's log
-    "step", "loss", "learning_rate", "rewards/margins", "rewards/chosen", "rewards/accuracies",
-)  # fmt: skip
+OVERFITTED = 0.2  # accuracy on training pairs minus that on held-out ones
 
 
 @dataclass(frozen=True)
@@ -93,44 +88,37 @@ def read_run(folder: Path) -> RunFolder:
     """Read a run's folder.
 
     Raises:
-        RecipeError: there is no such folder, no log in it, or a file in it is cut off or damaged.
+        RecipeError: there is no such folder, no log in it, or a damaged file.
     """
     folder = Path(folder)
     log = folder / "metrics.jsonl"
-    if not os.path.isfile(log):  # unlike Path.is_file, it bears with a name that is too long
+    if not log.is_file():
         what = "no log (metrics.jsonl)" if folder.is_dir() else "no such folder"
         raise RecipeError(f"{folder}: {what}; give a run's folder, outputs/<run name>")
     steps = []
     for number, line in enumerate(log.read_text(errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise RecipeError(f"{log}, line {number} is not JSON; delete that line") from None
-        if not isinstance(row, dict):
-            raise RecipeError(f"{log}, line {number} is no log of a step; delete that line")
-        if "loss" not in row or "rewards/margins" not in row:  # of an evaluation, or the end
-            continue
-        if wrong := [name for name in COLUMNS if not isinstance(row.get(name), int | float)]:
-            raise RecipeError(f"{log}, line {number} has no number `{wrong[0]}`; delete that line")
-        steps.append(row)
+        if "loss" in row and "rewards/margins" in row:  # not an evaluation's log, or the last
+            steps.append(row)
     if not steps:
-        raise RecipeError(f"{log} has no training step; let training reach its first log")
-    failed = _read(folder / "failed_batch.json")
-    if failed and not (isinstance(failed.get("step"), int) and "what" in failed):
-        raise RecipeError(f"{folder / 'failed_batch.json'} cannot be read; delete it")
+        raise RecipeError(f"{log} has no training step yet; wait for the first log")
+    names = ("config.yaml", "evaluation.json", "failed_batch.json")
+    config, evaluation, failed = (_read(folder / name) for name in names)
     if failed.get("step", 0) <= steps[-1]["step"]:  # of an earlier attempt
         failed = {}
-    parts = (_read(folder / name) for name in ("config.yaml", "evaluation.json"))
-    return RunFolder(steps, *parts, failed)
+    return RunFolder(steps, config, evaluation, failed)
 
 
 def _read(path: Path) -> dict:
-    """A YAML or JSON mapping (JSON is YAML too), empty where there is no such file."""
+    """A YAML or JSON mapping (JSON is YAML too); empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, ValueError):
         values = None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} cannot be read; make it again or delete it")
@@ -138,9 +126,9 @@ def _read(path: Path) -> dict:
 
 
 def diagnose(run: RunFolder) -> list[Finding]:
-    """What happened, the gravest first; a run without a finding is called `steady`."""
+    """What happened, the most serious first; `steady` if nothing went wrong."""
     if broken := not_finite(run):
-        return [broken]  # every other number is of a model that is none
+        return [broken]  # all other numbers are meaningless then
     if short := too_few_steps(run):
         return [short]
     found = [finding for check in CHECKS if (finding := check(run))]
@@ -150,12 +138,12 @@ def diagnose(run: RunFolder) -> list[Finding]:
 def not_finite(run: RunFolder) -> Finding | None:
     """NaN or infinity in a log, or in the step that ended training.
 
-    transformers keeps them out of `loss`, so all columns are read.
+    transformers keeps them out of `loss`, so all columns count.
     """
     if run.failed:
         return Finding(
             "NaN",
-            "the arithmetic broke down, and training was stopped there",
+            "the arithmetic broke down, and training stopped there",
             f"step {run.failed['step']}: {run.failed['what']}; its pairs are in failed_batch.json, "
             f"learning rate {run.learning_rate:g}",
             f"learning_rate: {run.learning_rate / 10:g} and max_grad_norm: 1.0; look at the pairs",
@@ -165,8 +153,8 @@ def not_finite(run: RunFolder) -> Finding | None:
         if bad:
             return Finding(
                 "NaN",
-                "the arithmetic broke down; from there on nothing was learned, and the adapter is "
-                "of no use",
+                "the arithmetic broke down; after that nothing was learned, and the adapter is "
+                "useless",
                 f"{', '.join(f'{name} is {step[name]}' for name in sorted(bad)[:3])} at step "
                 f"{step['step']}, learning rate {run.learning_rate:g}",
                 f"learning_rate: {run.learning_rate / 10:g} and max_grad_norm: 1.0; bf16: true "
@@ -181,7 +169,7 @@ def too_few_steps(run: RunFolder) -> Finding | None:
     few = len(run.steps)
     return Finding(
         "too few steps",
-        "no trend can be told from this run",
+        "this run is too short to show a trend",
         f"{few} log{'s' * (few != 1)} to step {run.steps[-1]['step']}; {FEWEST_STEPS} are needed",
         "more pairs (train_samples), more num_train_epochs, or a smaller logging_steps",
     )
@@ -201,8 +189,8 @@ def chosen_falls(run: RunFolder) -> Finding | None:
     )
     return Finding(
         "chosen reward falls",
-        "the model unlearns the good answers together with the bad ones; the margin grows because "
-        "the bad ones fall further",
+        "the model unlearns the good answers along with the bad ones; the margin only grows "
+        "because the bad ones fall further",
         f"chosen reward {reward:+.2f} and rejected {run.late('rewards/rejected'):+.2f} at the end: "
         f"a chosen answer is e^{fall:.1f} times less probable than before",
         cure,
@@ -210,10 +198,10 @@ def chosen_falls(run: RunFolder) -> Finding | None:
 
 
 def leap(run: RunFolder) -> Finding | None:
-    """More than half of the margin between two logs: a step too large, not a lesson learned.
+    """More than half of the margin between two logs: the step was too large.
 
-    A log is of one batch, and batches differ: the three logs after a leap must bear it out, and of
-    a leap at the very end nothing bears it out.
+    A log is of one batch, and batches differ: the three logs after a leap must confirm it, so a
+    leap at the very end does not count.
     """
     margins = run.column("rewards/margins")
     jumps = [
@@ -226,7 +214,7 @@ def leap(run: RunFolder) -> Finding | None:
         return None
     return Finding(
         "margin in one leap",
-        "one step decided nearly everything; what followed could only repair it",
+        "one step decided nearly everything; the later ones could only repair it",
         f"margin {margins[at]:+.2f} at step {run.steps[at]['step']}, {margins[at + 1]:+.2f} at the "
         f"next log, {max(margins):+.2f} at most",
         f"learning_rate: {run.learning_rate / 5:.2g}, warmup_steps: a tenth of all steps, "
@@ -243,11 +231,11 @@ def right_at_once(run: RunFolder) -> Finding | None:
     first = next(s["step"] for s in run.steps if s["rewards/accuracies"] >= ALL_RIGHT)
     return Finding(
         "accuracy at once 1",
-        "the pairs are told apart by something easy; what the later steps taught is not to be seen",
-        f"accuracy {ALL_RIGHT:.2f} or more first at step {first}, {after:.2f} on average after the "
-        "first fifth",
-        "python -m scripts.data check --config ...: does length, a phrase or a format tell them "
-        f"apart? Then harder pairs; else learning_rate: {run.learning_rate / 5:.2g}",
+        "something easy tells the pairs apart, so the accuracy cannot show what later steps taught",
+        f"accuracy reached {ALL_RIGHT:.2f} at step {first}, and was {after:.2f} on average after "
+        "the first fifth",
+        "python -m scripts.data check --config ... shows whether length, a phrase or a format "
+        f"tells them apart; if so, harder pairs; if not, learning_rate: {run.learning_rate / 5:.2g}",
     )
 
 
@@ -261,17 +249,17 @@ def length_only(run: RunFolder) -> Finding | None:
         return None
     return Finding(
         "length only",
-        "length alone tells the held-out pairs apart, and the margins follow it; whether anything "
-        "else was learned, these pairs cannot show",
+        "length alone tells the held-out pairs apart, and the margins follow it; these pairs "
+        "cannot show whether anything else was learned",
         f'the rule "the {length["rule"]} answer wins" is right in {length["rule_accuracy"]:.2f} of '
         f"the pairs; margins and length differences correlate by {follows:+.2f}",
-        "pairs of like length, or loss_type: sigmoid_norm with beta: 5.0 or so, and judge the "
-        "replies' content",
+        "pairs of similar length, or loss_type: sigmoid_norm with a beta of about 5.0; and judge "
+        "what the replies say",
     )
 
 
 def emptier(run: RunFolder) -> Finding | None:
-    """Shorter replies that say less: the whole interval of the change in key facts is below 0."""
+    """Shorter replies that say less: the interval of the change in key facts is all below 0."""
     measures = run.evaluation.get("measures", {})
     facts, length = measures.get("facts"), measures.get("length")
     if not facts or facts["change"]["high"] is None or facts["change"]["high"] >= 0:
@@ -282,7 +270,7 @@ def emptier(run: RunFolder) -> Finding | None:
         f"key facts {facts['base']['mean']:.2f} before, {facts['tuned']['mean']:.2f} after (change "
         f"{facts['change']['low']:+.2f} to {facts['change']['high']:+.2f}); length "
         f"{length['base']['mean']:.0f} to {length['tuned']['mean']:.0f} tokens",
-        "an SFT term (loss_type: [sigmoid, sft]) or a larger weight of it, or a higher beta",
+        "an SFT term (loss_type: [sigmoid, sft]), or more weight on it, or a higher beta",
     )
 
 
@@ -293,7 +281,7 @@ def overfitted(run: RunFolder) -> Finding | None:
         return None
     return Finding(
         "learned by heart",
-        "the training pairs are told apart far better than held-out ones",
+        "the model tells training pairs apart far better than held-out ones",
         f"accuracy {train:.2f} on the last training pairs, {held_out:.2f} on held-out pairs",
         "fewer num_train_epochs, more pairs, or a smaller lora_r",
     )
@@ -314,7 +302,7 @@ def nothing_learned(run: RunFolder) -> Finding | None:
 def steady(run: RunFolder) -> Finding:
     return Finding(
         "steady",
-        "the margin grew step by step and the chosen answers held; read the replies all the same",
+        "the margin grew step by step and the chosen answers held up; still, read the replies",
         f"margin {run.late('rewards/margins'):+.2f}, chosen reward "
         f"{run.late('rewards/chosen'):+.2f}, accuracy {run.late('rewards/accuracies'):.2f} over "
         f"the last fifth of {len(run.steps)} logs",
@@ -336,19 +324,19 @@ def report(folder: Path) -> Iterator[str]:
     """What `python -m scripts.doctor` prints, finding by finding.
 
     Raises:
-        RecipeError: the folder is no run's, or damaged.
+        RecipeError: the folder is not a run's, or a file in it is damaged.
     """
     run = read_run(folder)
     try:
         found = diagnose(run)
-    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise RecipeError(
-            f"{folder}: config.yaml or evaluation.json holds what no run writes there ({error!r}); "
-            "make it again, or move it away"
+            f"{folder}: metrics.jsonl, config.yaml or evaluation.json is damaged ({error!r}); make "
+            "it again, or move it away"
         ) from error
     yield from map(str, found)
     if not run.evaluation:
-        yield "There is no evaluation.json yet: nothing is known of held-out pairs and of replies."
+        yield "There is no evaluation.json yet: held-out pairs and replies were not measured."
 
 
 def main(args: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def a_run(folder, *, gain=0.1, evaluated=True, prompts=None, **config):
 def test_settings_figures_and_the_change_prompt_by_prompt(tmp_path):
     a, b = a_run(tmp_path / "a"), a_run(tmp_path / "b", gain=0.2, beta=0.2)
     found = compare(a, b)
-    assert found.remarks == ()
+    assert found.remarks == ()  # different settings, so nothing to hold figure by figure
     assert found.settings.to_dict("index") == {"beta": {"a": "0.1", "b": "0.2"}}  # no folder
     figures = found.figures
     assert figures.loc["training: reward margin (nats)", ["a", "b"]].tolist() == ["1.85", "3.70"]
@@ -76,8 +76,23 @@ def test_other_prompts_and_no_evaluation_are_told(tmp_path):
     assert "different prompts" in found.remarks[0]
     assert "change" not in found.figures and "reply length (tokens)" in found.figures.index
     found = compare(a, a_run(tmp_path / "c", evaluated=False))
-    assert found.remarks == ("c has no evaluation yet: only its training is compared.",)
+    assert found.remarks == ("c has no evaluation yet: only the training is compared.",)
     assert "training: reward margin (nats)" in found.figures.index
+
+
+def test_a_repeated_run_is_compared_figure_by_figure(tmp_path):
+    a, b = a_run(tmp_path / "a"), a_run(tmp_path / "b")
+    (remark,) = compare(a, b).remarks
+    assert "figures are equal" in remark
+    log = b / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"step": 3, "loss": 0.7', '"step": 3, "loss": 0.700001'))
+    for folder, version in ((a, "2.12"), (b, "2.13")):
+        (folder / "environment.json").write_text(json.dumps({"torch": version, "cpu": "x"}))
+    differ, versions = compare(a, b).remarks
+    assert "The first is step 3.loss: 0.7 and 0.700001." in differ and "but 1 of" in differ
+    assert versions == "Versions and machine: torch: 2.12 and 2.13."
+    (b / "evaluation.json").unlink()
+    assert "and nan" not in str(compare(a, b))
 
 
 def test_a_folder_that_is_no_run_is_told(tmp_path):

@@ -178,18 +178,12 @@ STEP = {
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("metrics.jsonl", "5", "line 13 is no log of a step"),
-        ("metrics.jsonl", '"loss rewards/margins"', "line 13 is no log of a step"),
-        ("metrics.jsonl", '{"loss": 1, "rewards/margins": 1}', "line 13 has no number `step`"),
-        ("metrics.jsonl", json.dumps(STEP | {"step": 13, "loss": None}), "no number `loss`"),
         ("metrics.jsonl", b"\xff\xfe", "line 13 is not JSON"),
+        ("metrics.jsonl", '{"loss": 1, "rewards/margins": 1}', "metrics.jsonl, .* is damaged"),
         ("config.yaml", b"\xff\xfe", "config.yaml cannot be read"),
-        ("config.yaml", "beta: x", "holds what no run writes"),
-        ("config.yaml", "beta: 0", "holds what no run writes"),
-        ("evaluation.json", '{"measures": 5}', "holds what no run writes"),
-        ("evaluation.json", '{"length": {"rule": "x"}}', "holds what no run writes"),
-        ("failed_batch.json", '{"step": "x"}', "failed_batch.json cannot be read"),
-        ("failed_batch.json", '{"step": 99}', "failed_batch.json cannot be read"),
+        ("config.yaml", "beta: x", "is damaged"),
+        ("evaluation.json", '{"length": {"rule": "x"}}', "is damaged"),
+        ("failed_batch.json", "{", "failed_batch.json cannot be read"),
     ],
 )
 def test_a_damaged_folder_is_told_in_one_line(tmp_path, name, text, said):
