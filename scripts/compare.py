@@ -86,7 +86,7 @@ def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
     rows, settings = _trained(runs), _settings(runs)
     if not remarks:
         rows |= _measured(runs, folders, remarks)
-    if settings.empty:
+    if settings.empty and len({bool(run.evaluation) for run in runs.values()}) == 1:
         remarks += _repeated(runs, folders)
     return Comparison(
         settings,

@@ -107,7 +107,7 @@ def read_run(folder: Path) -> RunFolder:
         raise RecipeError(f"{log} has no training step yet; wait for the first log")
     names = ("config.yaml", "evaluation.json", "failed_batch.json")
     config, evaluation, failed = (_read(folder / name) for name in names)
-    if failed.get("step", 0) <= steps[-1]["step"]:  # of an earlier attempt
+    if failed.get("step", 0) <= steps[-1].get("step", 0):  # of an earlier attempt
         failed = {}
     return RunFolder(steps, config, evaluation, failed)
 
@@ -235,7 +235,8 @@ def right_at_once(run: RunFolder) -> Finding | None:
         f"accuracy reached {ALL_RIGHT:.2f} at step {first}, and was {after:.2f} on average after "
         "the first fifth",
         "python -m scripts.data check --config ... shows whether length, a phrase or a format "
-        f"tells them apart; if so, harder pairs; if not, learning_rate: {run.learning_rate / 5:.2g}",
+        "tells them apart; if so, harder pairs; if not, "
+        f"learning_rate: {run.learning_rate / 5:.2g}",
     )
 
 

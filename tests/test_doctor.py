@@ -51,9 +51,9 @@ def coin():
 
 @pytest.fixture
 def trained(tiny_cfg, tmp_path):
-    """Trains on 16 pairs that `make` draws, evaluates on 16 more, and gives the run's folder."""
+    """Trains on 16 pairs that `make` draws and gives the run's folder; `evaluated` on 16 more."""
 
-    def run(make, evaluated=True, rate=None, **overrides):
+    def run(make, rate=None, **overrides):
         DRAW.seed(0)
         for split in ("train", "test"):
             write_jsonl(tmp_path / "data" / f"{split}.jsonl", [make() for _ in range(16)])
@@ -78,7 +78,7 @@ def names(folder):
 
 
 def test_a_run_that_overflows_is_called_nan_and_nothing_else(trained):
-    folder = trained(same_length, evaluated=False, rate=1e30, max_grad_norm=0.0)
+    folder = trained(same_length, rate=1e30, max_grad_norm=0.0)
     (finding,) = diagnose(read_run(folder))
     assert finding.name == "NaN"
     assert "nan" in finding.evidence and "failed_batch.json" in finding.evidence
@@ -86,7 +86,7 @@ def test_a_run_that_overflows_is_called_nan_and_nothing_else(trained):
 
 
 def test_three_steps_tell_nothing(trained):
-    (finding,) = diagnose(read_run(trained(same_length, evaluated=False, max_steps=3)))
+    (finding,) = diagnose(read_run(trained(same_length, max_steps=3)))
     assert finding.name == "too few steps"
     assert finding.evidence.startswith("3 logs to step 3")
 
@@ -112,20 +112,20 @@ def test_a_step_too_large_is_a_leap(trained):
 
 def test_easy_pairs_are_right_at_once(trained):
     folder = trained(same_length, learning_rate=1e-2)
-    found = names(folder)
-    assert "accuracy at once 1" in found
-    assert "length only" not in found  # they are all of one length
+    assert "accuracy at once 1" in names(folder)
 
 
 def test_margins_that_follow_length_are_length_only(trained):
-    folder = trained(by_length, learning_rate=1e-3)
+    folder = trained(by_length, evaluated=True, learning_rate=1e-3)
     finding = next(f for f in diagnose(read_run(folder)) if f.name == "length only")
     assert 'the rule "the shorter answer wins" is right in 1.00' in finding.evidence
     assert "sigmoid_norm" in finding.change
 
 
 def test_pairs_by_chance_are_learned_by_heart(trained):
-    assert "learned by heart" in names(trained(coin, learning_rate=5e-3, max_steps=40))
+    assert "learned by heart" in names(
+        trained(coin, evaluated=True, learning_rate=5e-3, max_steps=40)
+    )
 
 
 def test_a_learning_rate_of_nearly_nothing_teaches_nothing(trained):
@@ -140,22 +140,29 @@ def test_a_gentle_run_is_steady(trained):
     assert names(folder) == ["steady"]
 
 
-def test_fewer_key_facts_are_told(trained):
-    """The change's interval is replaced in a real evaluation: a tiny model knows no facts."""
-    folder = trained(same_length, learning_rate=1e-3, max_steps=15)
-    file = folder / "evaluation.json"
-    figures = json.loads(file.read_text())
-    facts = {"base": {"mean": 0.7}, "tuned": {"mean": 0.4}, "change": {"low": -0.4, "high": -0.2}}
-    figures["measures"]["facts"] = facts
-    file.write_text(json.dumps(figures))
-    assert "emptier replies" in names(folder)
-    figures["measures"]["facts"]["change"]["high"] = 0.1
-    file.write_text(json.dumps(figures))
-    assert "emptier replies" not in names(folder)
+STEP = {
+    "loss": 0.6, "learning_rate": 1e-4, "rewards/margins": 0.1, "rewards/chosen": 0.1,
+    "rewards/accuracies": 0.8,
+}  # fmt: skip
+
+
+def log_of(folder, steps=12):
+    rows = [json.dumps({"step": step, **STEP}) + "\n" for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize(("high", "told"), [(-0.2, True), (0.1, False)])
+def test_fewer_key_facts_are_told(tmp_path, high, told):
+    """By a made-up evaluation: a tiny model knows no facts."""
+    figure = {"base": {"mean": 0.7}, "tuned": {"mean": 0.4}, "change": {"low": -0.4, "high": high}}
+    figures = {"measures": {"facts": figure, "length": figure}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(figures))
+    assert ("emptier replies" in names(log_of(tmp_path))) == told
 
 
 def test_the_command_prints_it_and_names_what_is_missing(trained, tmp_path):
-    folder = trained(same_length, evaluated=False, max_steps=3)
+    folder = trained(same_length, max_steps=3)
     command = [sys.executable, "-m", "scripts.doctor"]
     done = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
@@ -167,12 +174,6 @@ def test_the_command_prints_it_and_names_what_is_missing(trained, tmp_path):
     (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
     with pytest.raises(RecipeError, match="line 1 is not JSON"):
         list(report(folder))
-
-
-STEP = {
-    "loss": 0.6, "learning_rate": 1e-4, "rewards/margins": 0.1, "rewards/chosen": 0.1,
-    "rewards/accuracies": 0.8,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -187,9 +188,7 @@ STEP = {
     ],
 )
 def test_a_damaged_folder_is_told_in_one_line(tmp_path, name, text, said):
-    log = "".join(json.dumps({"step": step, **STEP}) + "\n" for step in range(1, 13))
-    (tmp_path / "metrics.jsonl").write_text(log)
-    assert list(report(tmp_path))
+    assert list(report(log_of(tmp_path)))
     with (tmp_path / name).open("ab") as file:
         file.write(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=said) as told:
