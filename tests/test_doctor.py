@@ -53,7 +53,7 @@ def coin():
 def trained(tiny_cfg, tmp_path):
     """Trains on 16 pairs that `make` draws and gives the run's folder; `evaluated` on 16 more."""
 
-    def run(make, rate=None, **overrides):
+    def run(make, evaluated=False, rate=None, **overrides):
         DRAW.seed(0)
         for split in ("train", "test"):
             write_jsonl(tmp_path / "data" / f"{split}.jsonl", [make() for _ in range(16)])
