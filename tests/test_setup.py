@@ -215,3 +215,22 @@ def test_one_process_takes_one_gpu(env, devices):
         env={"PATH": os.environ["PATH"], **env},
     )  # fmt: skip
     assert done.stdout.strip() == devices
+
+
+def test_a_token_in_a_tracked_file_is_found_and_not_printed(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "secrets", tmp_path / ".ci")
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+
+    def look() -> subprocess.CompletedProcess:
+        subprocess.run([*git, "add", "."], check=True)
+        return subprocess.run(["bash", tmp_path / ".ci/secrets"], capture_output=True, text=True)
+
+    (tmp_path / "fine.txt").write_text("HF_TOKEN=hf_short, hf_transfer_of_a_model_with_long_name\n")
+    assert look().returncode == 0
+    for token in ("hf_" + "aB3" * 12, "ghp_" + "x9Y" * 12, "-----BEGIN " + "PRIVATE KEY-----"):
+        (tmp_path / "token.txt").write_text(f"a\ntoken = {token}\n")
+        done = look()
+        assert done.returncode == 1 and "token.txt:2:" in done.stderr
+        assert token not in done.stderr
