@@ -1,11 +1,13 @@
 """Set-up says what is wrong with a GPU machine before it downloads anything; nvidia-smi and Python
 are stand-ins on PATH, the script is the real one."""
 
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -154,6 +156,42 @@ def test_the_torch_of_a_venv_is_used_and_its_triton_kept(tmp_path):
         [project / ".venv" / "bin" / "python", "-c", code], capture_output=True, text=True
     )
     assert found.stdout.count(str(packages)) == 2, found.stderr
+
+
+def test_a_file_that_does_not_match_its_hash_is_not_installed(tmp_path):
+    project, wheels = tmp_path / "project", tmp_path / "wheels"
+    (project / "scripts").mkdir(parents=True)
+    wheels.mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", project / "scripts")
+    wheel = wheels / "tiny-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in {
+            "tiny.py": "",
+            "tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
+            "tiny-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
+            "tiny-1.0.dist-info/RECORD": "",
+        }.items():
+            archive.writestr(name, text)
+    (project / "requirements.txt").write_text("tiny==1.0\n")
+    (project / "requirements.lock").write_text("tiny==1.0\n")
+
+    def set_up(digest: str, **env) -> str:
+        hashes = f"tiny==1.0 \\\n    --hash=sha256:{digest}\n"
+        (project / "requirements.hashes.txt").write_text(hashes)
+        done = subprocess.run(
+            ["bash", project / "scripts" / "setup.sh"], capture_output=True, text=True,
+            env={"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PIP_NO_INDEX": "1",
+                 "PIP_FIND_LINKS": str(wheels), **env},
+        )  # fmt: skip
+        assert done.returncode == 1  # at the latest, because this project has no torch
+        return done.stdout + done.stderr
+
+    wrong, right = "0" * 64, hashlib.sha256(wheel.read_bytes()).hexdigest()
+    said = set_up(wrong)
+    assert "DO NOT MATCH THE HASHES" in said and "check failed" not in said
+    assert not list(project.glob(".venv/lib/*/site-packages/tiny*"))
+    assert "torch cannot be imported" in set_up(wrong, HASHES="0")
+    assert "torch cannot be imported" in set_up(right)
 
 
 def test_every_pin_of_the_hashes_is_the_locks():
