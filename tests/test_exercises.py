@@ -1,4 +1,4 @@
-"""The notebook's exercises: every folded answer is taken out, run, and held against the helpers."""
+"""The tutorial's exercises: every folded answer is taken out, run, and held against the code."""
 
 import json
 import math
@@ -9,23 +9,22 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig
+from peft import LoraConfig, get_peft_model
 
-from scripts.base import ROOT
 from scripts.config import load_config
 from scripts.data import length_lesson
 from scripts.doctor import diagnose, read_run
+from scripts.evaluate import reference
 from scripts.intervals import length_controlled
-from scripts.lessons import byhand, compression
-from scripts.pairs.report import length_bias
 from scripts.plan import training_steps
-from scripts.plan_memory import architecture, model_sizes
-from scripts.run import NOTEBOOK
+from scripts.plan_memory import model_sizes
+from tests.tutorial import CELLS, run_cells
 
-CELLS = {cell["id"]: "".join(cell["source"]) for cell in json.loads(NOTEBOOK.read_text())["cells"]}
 EXERCISES = {name: text for name, text in CELLS.items() if name.startswith("exercise-")}
 FOLDED = re.compile(r"<details>\n<summary>Answer</summary>\n\n(.*?)\n</details>", re.DOTALL)
 LLAMA = "configs/llama3-8b-a100.yaml"
+ROW = ("prompt_ids", "chosen_ids", "rejected_ids")
+by_hand = run_cells("logps", "dpo")
 
 
 def answer(name: str) -> tuple[dict, str]:
@@ -43,37 +42,34 @@ def said(words: str) -> list[float]:
     return [float(number) for number in re.findall(r"(?<![\w.^{])-?\d+(?:\.\d+)?", plain)]
 
 
-def pair(chosen, ref_chosen, rejected, ref_rejected, beta=0.1) -> byhand.ByHand:
+def pair(chosen, ref_chosen, rejected, ref_rejected, beta=0.1) -> dict[str, float]:
+    """What the tutorial's `dpo` makes of a pair of one token an answer."""
     policy, reference = (
         {"chosen": torch.tensor([c]), "rejected": torch.tensor([r])}
         for c, r in ((chosen, rejected), (ref_chosen, ref_rejected))
     )
-    return byhand.ByHand(policy, reference, beta)
+    return {name: value.item() for name, value in by_hand.dpo(policy, reference, beta).items()}
 
 
 def one(tmp):
     names, words = answer("exercise-1")
     before, lower = pair(-12.0, -14.0, -20.0, -19.0), pair(-18.0, -14.0, -26.0, -19.0)
-    for figure in ("margin", "loss", "weight"):
-        assert names[figure] == pytest.approx(getattr(before, figure).item(), abs=1e-6)
-    assert names["both_lower"] == pytest.approx(lower.margin.item(), abs=1e-6)
-    assert lower.loss.item() == pytest.approx(before.loss.item(), abs=1e-6)
-    exact = [names[figure] for figure in ("margin", "loss", "weight")]
-    assert said(words)[:3] == pytest.approx(exact, abs=5e-3)
+    figures = {"margin": "margin", "loss": "DPO loss", "weight": "weight of the gradient"}
+    for name, figure in figures.items():
+        assert names[name] == pytest.approx(before[figure], abs=1e-6)
+    assert names["both_lower"] == pytest.approx(lower["margin"], abs=1e-6)
+    assert lower["DPO loss"] == pytest.approx(before["DPO loss"], abs=1e-6)
+    assert said(words)[:3] == pytest.approx([names[name] for name in figures], abs=5e-3)
 
 
 def two(tmp):
     names, words = answer("exercise-2")
-    cfg = load_config(LLAMA, may_lack_gpu=True)
-    assert names["weights"] == model_sizes(cfg).linear
-    errors = compression.quantization_errors(torch.randn(64, 64))
-    for name, way in (("nf4", "NF4"), ("nf4_double", "NF4, double quantization")):
-        bits = names[name] * 8 * compression.GB / names["weights"]
-        assert bits == pytest.approx(errors[way]["bits"], rel=1e-6)
-    counted = compression.weights_gb(architecture(cfg))
-    saved = counted["GB in 16 bits"] - counted["GB in NF4"]
-    assert names["sixteen_bits"] - names["nf4_double"] == pytest.approx(saved, rel=1e-6)
-    assert names["logits"] == pytest.approx(compression.Head(tokens=1024).logits_gb)
+    assert names["weights"] == model_sizes(load_config(LLAMA, may_lack_gpu=True)).linear
+    bits = run_cells("nf4")
+    for name, a_weight in (("nf4", bits.ONCE), ("nf4_double", bits.TWICE), ("sixteen_bits", 16)):
+        assert names[name] == pytest.approx(names["weights"] * a_weight / 8 / 1024**3)
+    logits = torch.empty(1024, 128_256, dtype=torch.float32, device="meta")
+    assert names["logits"] == pytest.approx(logits.nbytes / 1024**3)
     exact = [names[n] for n in ("sixteen_bits", "nf4", "nf4_double", "logits")]
     assert said(words)[:4] == pytest.approx(exact, abs=5e-3)
 
@@ -84,43 +80,41 @@ def three(tmp):
     assert names["whole"] == sizes.trained == said(words)[0]
     assert round(100 * sizes.trained / (sizes.base + sizes.trained), 2) == said(words)[1]
     layer = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=False))
-    from peft import LoraConfig, get_peft_model
-
     adapted = get_peft_model(layer, LoraConfig(r=3, target_modules=["0"]))
     assert names["added"](40, 24, 3) == adapted.get_nb_trainable_parameters()[0]
 
 
-def four(tmp):
-    rule = answer("exercise-4")[0]["shorter_wins"]
-    tokens = np.random.default_rng(0).integers(1, 9, (199, 3))
-    lengths = pd.DataFrame(tokens, columns=["prompt", "chosen", "rejected"])
-    lengths["chosen"] = lengths["chosen"].clip(upper=6)
-    share = rule(lengths["chosen"], lengths["rejected"])
-    assert f"in {share:.0%} of the pairs" in length_lesson(lengths)
-    assert share == pytest.approx(length_bias(lengths.to_numpy())["length_rule_accuracy"])
-    assert rule([1, 2, 3], [2, 2, 2]) == 0.5
+def four(tmp, tiny_trainer):
+    loss = answer("exercise-4")[0]["norm_loss"]
+    trainer = tiny_trainer(loss_type="sigmoid_norm", beta=5.0, max_steps=2)
+    trainer.train()
+    row = {name: trainer.train_dataset[0][name] for name in ROW}
+    theirs = trainer.evaluate(trainer.train_dataset.select([0]))["eval_loss"]
+    assert abs(theirs - math.log(2)) > 0.05  # else any loss would do
+    with torch.no_grad(), reference(trainer) as model:
+        before = by_hand.score(model, row)
+    mine = loss(by_hand.score(trainer.model, row), before, trainer.beta).item()
+    assert mine == pytest.approx(theirs, abs=2e-4)
 
 
 def five(tmp):
     names, words = answer("exercise-5")
     for beta, nats in names["apart"].items():
-        assert nats == pytest.approx(-math.log(math.expm1(0.1)) / beta)  # eq. 7, solved
-        assert pair(nats, 0.0, 0.0, 0.0, beta).loss.item() == pytest.approx(0.1, abs=1e-5)
+        assert pair(nats, 0.0, 0.0, 0.0, beta)["DPO loss"] == pytest.approx(0.1, abs=1e-5)
     assert said(words)[:3] == pytest.approx([*names["apart"].values()], abs=0.05)
     cfg = load_config("configs/smollm2-135m-cpu.yaml")
     assert cfg.dpo.per_device_train_batch_size * cfg.dpo.gradient_accumulation_steps == 8
     assert names["steps"] == training_steps(cfg, 553) == said(words)[-1]
 
 
-def six(tmp, tiny_trainer):
-    loss = answer("exercise-6")[0]["norm_loss"]
-    trainer = tiny_trainer(loss_type="sigmoid_norm", beta=5.0, max_steps=2)
-    trainer.train()
-    row = trainer.train_dataset[0]
-    theirs = byhand.by_trl(trainer, row)["loss"]
-    assert abs(theirs - math.log(2)) > 0.05  # else any loss would do
-    mine = loss(byhand.by_hand(trainer, row), trainer.beta).item()
-    assert mine == pytest.approx(theirs, abs=2e-4)
+def six(tmp):
+    rule = answer("exercise-6")[0]["shorter_wins"]
+    tokens = np.random.default_rng(0).integers(1, 9, (199, 3))
+    lengths = pd.DataFrame(tokens, columns=["prompt", "chosen", "rejected"])
+    lengths["chosen"] = lengths["chosen"].clip(upper=6)
+    share = rule(lengths["chosen"], lengths["rejected"])
+    assert f"in {share:.0%} of the pairs" in length_lesson(lengths)
+    assert rule([1, 2, 3], [2, 2, 2]) == 0.5
 
 
 def seven(tmp):
@@ -164,7 +158,7 @@ def test_every_exercise_is_checked_and_numbered_in_order():
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_folded_answer_is_right(name, tmp_path, request):
     check = CHECKS[name]
-    more = [request.getfixturevalue("tiny_trainer")] if check is six else []
+    more = [request.getfixturevalue("tiny_trainer")] if check is four else []
     check(tmp_path, *more)
 
 
@@ -173,10 +167,10 @@ SLIPS = {
     "exercise-1": ("-20 - (-19)", "-19 - (-20)"),
     "exercise-2": ("8 / 64", "8 / 256"),
     "exercise-3": ("(out_features + in_features)", "out_features * in_features"),
-    "exercise-4": ("np.asarray(rejected_tokens) - np.asarray(chosen_tokens)",
-                   "np.asarray(chosen_tokens) - np.asarray(rejected_tokens)"),
+    "exercise-4": (".mean()", ".sum()"),
     "exercise-5": ("-log(expm1(0.1)) / beta", "-log(0.1) / beta"),
-    "exercise-6": (".mean()", ".sum()"),
+    "exercise-6": ("np.asarray(rejected_tokens) - np.asarray(chosen_tokens)",
+                   "np.asarray(chosen_tokens) - np.asarray(rejected_tokens)"),
     "exercise-7": ("exp(2.0 / 0.1)", "exp(2.0 * 0.1)"),
     "exercise-8": ("5 / 2", "5"),
 }  # fmt: skip
@@ -189,9 +183,3 @@ def test_a_wrong_answer_does_not_pass(name, tmp_path, request, monkeypatch):
     monkeypatch.setitem(EXERCISES, name, EXERCISES[name].replace(right, wrong))
     with pytest.raises(AssertionError):
         test_the_folded_answer_is_right(name, tmp_path, request)
-
-
-def test_the_small_models_architecture_has_the_sizes_that_the_notebook_compares():
-    """Section 4's table of sizes reads these files; a model that stands in them is counted."""
-    small = AutoConfig.from_pretrained(ROOT / "configs/architectures/SmolLM2-135M-Instruct.json")
-    assert compression.weights_gb(small)["GB in NF4"] == pytest.approx(0.102, abs=2e-3)

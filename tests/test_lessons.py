@@ -1,85 +1,145 @@
-"""The lessons: DPO by hand against TRL, compression against its definition, runs that fail."""
+"""The tutorial: its cells against TRL and the definitions, its runs, and the whole of it."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
+import papermill
 import pytest
 import torch
 from conftest import PAIRS, explicit, write_jsonl
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from scripts import plots
-from scripts.base import RecipeError
-from scripts.lessons import byhand, compression, failures
-from scripts.lessons.__main__ import main as lessons
+from scripts import lessons, plots
+from scripts.adapter import save_adapter
+from scripts.base import ROOT, RecipeError
+from scripts.cli import parse
+from scripts.evaluate import reference
+from scripts.plan_memory import model_sizes
+from tests.tutorial import TUTORIAL, run_cells
 
-ROW = {"prompt_ids", "chosen_ids", "rejected_ids"}
-BOTH_TERMS = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+ROW = ("prompt_ids", "chosen_ids", "rejected_ids")
+by_hand = run_cells("logps", "dpo")
+four_bits = run_cells("nf4")
 
 
-def pair(trainer, at=0):
-    return {name: trainer.train_dataset[at][name] for name in ROW}
+def scored(trainer) -> tuple[dict, dict, dict]:
+    """The first pair that `trainer` trains on, and both models' log-probabilities of it."""
+    row = {name: trainer.train_dataset[0][name] for name in ROW}
+    trainer.model.eval()
+    with reference(trainer) as model, torch.no_grad():
+        before = by_hand.score(model, row)
+    return row, by_hand.score(trainer.model, row), before
 
 
-@pytest.mark.parametrize("sharing", [True, False])
 @pytest.mark.parametrize("max_steps", [0, 3])
-def test_by_hand_is_what_trl_says(tiny_trainer, sharing, max_steps):
-    trainer = tiny_trainer(prefix_sharing=sharing, max_steps=max_steps or 1, **BOTH_TERMS)
+def test_by_hand_is_what_trl_says(tiny_trainer, max_steps):
+    trainer = tiny_trainer(max_steps=max_steps or 1, prefix_sharing=False)
     if max_steps:
         trainer.train()
-    hand, trl = byhand.by_hand(trainer, pair(trainer)), byhand.by_trl(trainer, pair(trainer))
-    table = byhand.against_trl(hand, trl, trainer.loss_types, trainer.loss_weights)
-    assert {name.split(" (")[0] for name in table} == set(trl)
-    assert "loss (sigmoid + sft)" in table  # which one TRL logs
-    for name, (mine, theirs) in table.items():
-        assert mine == pytest.approx(theirs, abs=2e-4), name
-    assert hand.loss.item() == pytest.approx(math.log1p(math.exp(-hand.margin)), abs=1e-6)
+    _, policy, before = scored(trainer)
+    hand = by_hand.dpo(policy, before, trainer.beta)
+    theirs = trainer.evaluate(trainer.train_dataset.select([0]))
+    names = {"DPO loss": "loss", "margin": "rewards/margins", "chosen reward": "rewards/chosen",
+             "rejected reward": "rewards/rejected", "chosen log-probability": "logps/chosen",
+             "rejected log-probability": "logps/rejected"}  # fmt: skip
+    for name, key in names.items():
+        assert hand[name].item() == pytest.approx(theirs[f"eval_{key}"], abs=2e-4), name
+    assert hand["weight of the gradient"].item() == pytest.approx(
+        1 / (1 + math.exp(hand["margin"])), abs=1e-6
+    )
     if max_steps:
-        assert abs(hand.margin) > 1e-2
+        assert abs(hand["margin"]) > 1e-2
     else:
-        assert hand.margin == 0
-        assert hand.weight == 0.5
-        assert hand.loss.item() == pytest.approx(math.log(2))
+        assert hand["margin"] == 0 and hand["DPO loss"].item() == pytest.approx(math.log(2))
 
 
 def test_the_gradient_is_the_papers_weight_times_the_difference(tiny_trainer):
     """Section 4: grad = -beta sigma(-margin) (grad log pi(chosen) - grad log pi(rejected))."""
     trainer = tiny_trainer(max_steps=2)
     trainer.train()
-    row = pair(trainer)
+    row, policy, before = scored(trainer)
     parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-    hand = byhand.by_hand(trainer, row, grad=True)
+    weight = by_hand.dpo(policy, before, trainer.beta)["weight of the gradient"].detach()
     chosen, rejected = (
-        torch.autograd.grad(hand.policy[side].sum(), parameters) for side in byhand.SIDES
+        torch.autograd.grad(policy[side].sum(), parameters) for side in ("chosen", "rejected")
     )
     loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator([row]))
     theirs = torch.autograd.grad(loss, parameters)
     scale = max(t.abs().max() for t in theirs)
     for c, r, t in zip(chosen, rejected, theirs, strict=True):
-        mine = -hand.beta * hand.weight * (c - r)
-        assert torch.allclose(mine, t, atol=1e-4 * scale)
+        assert torch.allclose(-trainer.beta * weight * (c - r), t, atol=1e-4 * scale)
 
 
-def test_looking_at_a_pair_leaves_the_runs_log_alone(tiny_trainer):
-    trainer = tiny_trainer(max_steps=1)
-    byhand.by_trl(trainer, pair(trainer))
-    assert not trainer._metrics["train"]
+def test_nf4_beats_int4_on_bell_shaped_weights_and_the_second_rounding_costs_little():
+    torch.manual_seed(0)
+    weight = torch.randn(512, 512)
+    once, twice = (four_bits.error(four_bits.to_nf4(weight, d), weight) for d in (False, True))
+    assert once < 0.95 * four_bits.error(four_bits.to_int4(weight), weight)
+    assert once < twice < 1.02 * once
+    assert pytest.approx(4.127, abs=1e-3) == four_bits.TWICE
+
+
+def test_nf4_takes_the_nearest_of_its_levels():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    largest = weight.abs().amax(1, keepdim=True)  # a row is a block
+    levels = four_bits.bnb.get_4bit_type("nf4", device="cpu")
+    nearest = levels[((weight / largest)[..., None] - levels).abs().argmin(-1)]
+    assert torch.allclose(four_bits.to_nf4(weight, double=False), nearest * largest, atol=1e-5)
+
+
+def test_a_weight_is_read_from_one_file_or_from_shards(tiny_llama3, tmp_path):
+    read = run_cells("weight").read_weight
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert read(str(tiny_llama3), name).shape == (64, 64)
+    assert read(str(tiny_llama3), "nosuch") is None
+    assert read(str(tmp_path), "a") is None
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "one.safetensors")
+    index = {"weight_map": {"a": "one.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert read(str(tmp_path), "a").sum() == 4
+
+
+def sizes_in_gb(config) -> dict[str, float]:
+    """The cell's count, which ends with a table of the run's model; here `config` is the run's."""
+    given = {"torch": torch, "pd": pd, "AutoModelForCausalLM": AutoModelForCausalLM}
+    given |= {"base": SimpleNamespace(config=config), "TWICE": four_bits.TWICE}
+    return run_cells("sizes", **given).weights_gb(config)
+
+
+def test_weights_in_memory_are_what_the_plan_says(tiny_cfg, tiny_llama3):
+    sizes = model_sizes(tiny_cfg())
+    counted = sizes_in_gb(AutoConfig.from_pretrained(tiny_llama3))
+    in_4_bits = sizes.linear * four_bits.TWICE / 8 + 2 * sizes.other
+    assert counted["GB in NF4"] * 1024**3 == pytest.approx(in_4_bits)
+    assert counted["GB in 16 bits"] * 1024**3 == pytest.approx(2 * (sizes.linear + sizes.other))
+    small = AutoConfig.from_pretrained(ROOT / "configs/architectures/SmolLM2-135M-Instruct.json")
+    assert sizes_in_gb(small)["GB in NF4"] == pytest.approx(0.102, abs=2e-3)
+
+
+def test_spectrum_is_that_of_the_whole_update(tiny_trainer):
+    cell = run_cells("spectrum")
+    trainer = tiny_trainer(max_steps=2)
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
+    assert cell.spectrum(layer).max() == 0
     trainer.train()
-    batch = sum(len(i["prompt_ids"]) for i in trainer.train_dataset)
-    assert 0 < trainer.state.log_history[0]["num_tokens"] < 4 * batch + 400
+    values = cell.spectrum(layer)
+    whole = torch.linalg.svdvals(layer.get_delta_weight("default").detach().float())
+    assert torch.allclose(values, whole[: len(values)], atol=1e-5)
+    assert cell.directions(torch.tensor([4.0, 1.0, 0.1])) == 1
+    assert cell.directions(torch.tensor([1.0, 1.0, 1.0])) == 3
 
 
 def test_tokens_are_coloured_by_sign_and_size_and_escaped():
     text = plots.coloured_answers({"after": (["<b>", "\n", "x"], [1.0, 0.0, -3.0])}, scale=2)
-    assert "&lt;b&gt;" in text
-    assert "<b>after</b>" in text
-    assert "sum -2.00 nats" in text
-    up, down = (text.index(f'title="{n}') for n in ("+1.00", "-3.00"))
-    assert "0.28)" in text[up : up + 150]  # half of the strongest
-    assert "solid #0072B2" in text[up : up + 150]
-    assert "0.55)" in text[down : down + 150]
-    assert "dotted #D55E00" in text[down : down + 150]
+    assert "&lt;b&gt;" in text and "<b>after</b>" in text and "sum -2.00 nats" in text
+    up, down = (text[text.index(f'title="{n}') :][:150] for n in ("+1.00", "-3.00"))
+    assert "0.28)" in up and "solid #0072B2" in up  # half of the strongest
+    assert "0.55)" in down and "dotted #D55E00" in down
     assert "style" not in text[text.index('title="+0.00') :].split(">")[0]
 
 
@@ -96,8 +156,7 @@ def contrast(text, ground):
 
 @pytest.mark.parametrize("page, text", [((1, 1, 1), (0, 0, 0)), ((0.07,) * 3, (0.88,) * 3)])
 def test_coloured_tokens_are_readable_in_light_and_dark(page, text):
-    from scripts.plots.style import BLUE, VERMILLION
-    from scripts.plots.tokens import STRONGEST
+    from scripts.plots.concepts import BLUE, STRONGEST, VERMILLION
 
     for colour in (BLUE, VERMILLION):
         rgb = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -105,62 +164,9 @@ def test_coloured_tokens_are_readable_in_light_and_dark(page, text):
         assert contrast(text, ground) > 4.5
 
 
-def test_nf4_beats_int4_on_bell_shaped_weights_and_the_second_rounding_costs_little():
-    torch.manual_seed(0)
-    errors = compression.quantization_errors(torch.randn(512, 512))
-    assert errors["NF4"]["error"] < 0.95 * errors["int4"]["error"]
-    assert errors["NF4"]["error"] < errors["NF4, double quantization"]["error"]
-    assert errors["NF4, double quantization"]["error"] < 1.02 * errors["NF4"]["error"]
-    assert errors["NF4, double quantization"]["bits"] == pytest.approx(4.127, abs=1e-3)
-
-
-def test_nf4_takes_the_nearest_of_its_levels():
-    torch.manual_seed(0)
-    weight = torch.randn(64, 64)
-    blocks = compression.in_blocks(weight)
-    levels = compression.nf4_levels()
-    assert len(levels) == 16
-    nearest = levels[(blocks[..., None] - levels).abs().argmin(-1)]
-    mine = (nearest * weight.reshape(-1, 64).abs().amax(1, keepdim=True)).reshape(weight.shape)
-    assert torch.allclose(compression.to_nf4(weight, double=False), mine, atol=1e-5)
-
-
-def test_a_weight_is_read_from_one_file_or_from_shards(tiny_llama3, tmp_path):
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert compression.read_weight(str(tiny_llama3), name).shape == (64, 64)
-    save_file({"a": torch.ones(2, 2)}, tmp_path / "one.safetensors")
-    index = {"weight_map": {"a": "one.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert compression.read_weight(str(tmp_path), "a").sum() == 4
-    with pytest.raises(RecipeError, match="no weight `nosuch`"):
-        compression.read_weight(str(tiny_llama3), "nosuch")
-
-
-def test_spectrum_is_that_of_the_whole_update(tiny_trainer):
-    trainer = tiny_trainer(max_steps=2)
-    assert compression.update_spectrum(trainer.model, "layers.0.self_attn.q_proj").max() == 0
-    trainer.train()
-    values = compression.update_spectrum(trainer.model, "layers.0.self_attn.q_proj")
-    layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
-    whole = torch.linalg.svdvals(layer.get_delta_weight("default").detach().float())
-    assert torch.allclose(values, whole[: len(values)], atol=1e-5)
-    assert compression.directions_for(torch.tensor([4.0, 1.0, 0.1]), 0.9) == 1
-    assert compression.directions_for(torch.tensor([1.0, 1.0, 1.0]), 0.9) == 3
-    with pytest.raises(RecipeError, match="2 adapted layers"):
-        compression.update_spectrum(trainer.model, "self_attn.q_proj")
-
-
-def test_logits_of_a_large_vocabulary_cost_memory_that_rows_at_a_time_do_not():
-    head = compression.Head(tokens=256, hidden=64)
-    peaks = compression.head_memory(head)
-    assert peaks["all at once"] > 2 * head.logits_gb
-    assert peaks["a few rows at a time"] < peaks["all at once"] / 2
-
-
 def test_beta_surface_is_the_loss_and_flat_along_the_diagonal():
     figure = plots.beta_surface((0.1,), points={"chosen": [1.0], "rejected": [-2.0]})
     axis = figure.axes[0]
-    assert "beta 0.1" in figure.get_label()
     (dots,) = [line for line in axis.lines if line.get_marker() == "o"]
     assert (dots.get_xdata()[0], dots.get_ydata()[0]) == (1.0, -2.0)
     drawn = axis.collections[-1]
@@ -169,53 +175,28 @@ def test_beta_surface_is_the_loss_and_flat_along_the_diagonal():
         assert np.log1p(np.exp(-margin)) == pytest.approx(level, abs=1e-3)
 
 
-def hand(chosen: float, rejected: float, beta: float) -> byhand.ByHand:
-    """A pair of one token an answer, with these log-ratios."""
-    policy = {"chosen": torch.tensor([chosen]), "rejected": torch.tensor([rejected])}
-    return byhand.ByHand(policy, dict.fromkeys(policy, torch.zeros(1)), beta)
-
-
-def test_weights_in_memory_are_what_the_plan_and_the_model_say(tiny_cfg, tiny_llama3):
-    from transformers import AutoConfig
-
-    from scripts.plan_memory import model_sizes, stored
-
-    cfg = tiny_cfg(load_in_4bit=True, dtype="bfloat16")
-    parts = stored(cfg, model_sizes(cfg))
-    planned = parts["weights"]
-    counted = compression.weights_gb(AutoConfig.from_pretrained(tiny_llama3))
-    assert counted["GB in NF4"] * compression.GB == pytest.approx(planned, rel=1e-3)
-    full = counted["GB in NF4"] / counted["NF4 / 16 bits"]
-    assert counted["GB in 16 bits"] == pytest.approx(full)
-
-
 @pytest.fixture
 def many_pairs(tmp_path):
-    """Pairs of many lengths, of which every third has the longer answer chosen, and a folder for
-    them; what was asked, with what counts as right, stands beside."""
+    """A folder of pairs of many lengths, of which every third has the longer answer chosen."""
     rows = []
     for i in range(4):
         for n, (prompt, brief, long) in enumerate(PAIRS):
             right, wrong = (long, brief) if n % 3 == 0 else (brief, long * (1 + i % 3))
-            asked = {"question": prompt, "accept": [right], "wrong": ["nothing"]}
-            asked["answerable"] = n != 1
-            rows.append(explicit(f"Question {i}: {prompt}", right, wrong) | asked)
+            rows.append(explicit(f"Question {i}: {prompt}", right, wrong) | {"facts": [[right]]})
     write_jsonl(tmp_path / "pairs" / "train.jsonl", rows[:18])
     write_jsonl(tmp_path / "pairs" / "test.jsonl", rows[18:])
     return tmp_path / "pairs"
 
 
-def test_one_command_runs_the_arms_and_the_figures_draw_its_file(tiny_cfg, many_pairs, tmp_path):
+def test_one_command_runs_the_arms_and_the_tutorial_draws_its_file(tiny_cfg, many_pairs, tmp_path):
     cfg = tiny_cfg(dataset_name=str(many_pairs), max_steps=-1)
     cfg.save(tmp_path / "config.yaml")
-    from scripts.cli import parse
-
     words = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "lessons.json")]
     sizes = {"pairs": 6, "held-out": 4, "epochs": 1, "prompts": 2, "max-new-tokens": 4}
     words += [f"--{name}={number}" for name, number in sizes.items()]
-    lessons(parse("lessons", words))
+    lessons.main(parse("lessons", words))
     results = json.loads((tmp_path / "lessons.json").read_text())
-    assert list(results["arms"]) == list(failures.ARMS)
+    assert list(results["arms"]) == list(lessons.ARMS)
     assert results["command"].startswith("python -m scripts.lessons")
     assert results["machine"]["torch"] == torch.__version__
     alone, sft, fifth, lopsided, norm = results["arms"].values()
@@ -226,9 +207,9 @@ def test_one_command_runs_the_arms_and_the_figures_draw_its_file(tiny_cfg, many_
     assert terms[1] == pytest.approx(terms[0] / 5, rel=1e-3)
     apart = [abs(math.log(a["pairs"]["rejected"] / a["pairs"]["chosen"])) for a in (alone, norm)]
     assert apart[0] < apart[1]
-    assert {arm["pairs"]["count"] for arm in (alone, norm)} == {6}
     for arm in (alone, norm):
         held = arm["held_out"]
+        assert arm["pairs"]["count"] == 6
         assert np.sign(held["length_gap"]).sum() == 0  # half of them one way, half the other
         for name, side in (("chosen longer", -1), ("chosen shorter", 1)):
             won = [m > 0 for m, g in zip(held["margin"], held["length_gap"], strict=True)
@@ -237,49 +218,56 @@ def test_one_command_runs_the_arms_and_the_figures_draw_its_file(tiny_cfg, many_
     whole = np.subtract(alone["held_out"]["chosen"], alone["held_out"]["rejected"])
     assert alone["held_out"]["margin"] == pytest.approx(whole, abs=2e-3)
     assert np.abs(norm["held_out"]["margin"]).max() < np.abs(norm["held_out"]["chosen"]).max()
-    frame = failures.table(results)
-    assert list(frame.index) == ["before training", *(a.title for a in failures.ARMS.values())]
-    assert frame["key facts"].notna().all()
-    fell = "rose" if np.mean(alone["held_out"]["chosen"]) > 0 else "fell"
-    assert f"DPO alone: held-out chosen answers {fell}" in failures.displacement_in_words(results)
-    share = lopsided["held_out"]["accuracy"]["chosen longer"]
-    assert f"lopsided pairs: {share:.0%} right where" in failures.length_in_words(results)
-    for figure in (plots.displacement(results), plots.length_hacking(results)):
-        assert "DPO alone" in figure.get_label() or "pairs of like length" in figure.get_label()
-
-
-def test_questions_without_an_answer_are_left_out(tiny_cfg, many_pairs):
-    from scripts.data import load_preferences
-
-    cfg = tiny_cfg(dataset_name=str(many_pairs))
-    pairs = load_preferences(cfg)
-    kept = failures.answered(pairs)
-    assert len(kept["train"]) < 18
-    assert all(kept["train"]["answerable"])
-
-
-def test_a_right_reply_has_the_answer_and_no_wrong_one():
-    from datasets import Dataset
-
-    from scripts.pairs.generation import Reply
-
-    row = {"question": "When?", "accept": ["Monday"], "wrong": ["Friday"], "answerable": True}
-    texts = ["On Monday.", "On Friday.", "On Monday or Friday.", ""]
-    replies = [Reply(text, [1], True, [1]) for text in texts]
-    assert failures._right(Dataset.from_list([row] * 4), replies) == 0.25
-    facts = Dataset.from_list([{"facts": [["Monday"], ["noon"]]}] * 4)
-    assert failures._right(facts, replies) == 0.25
-    assert failures._right(Dataset.from_list([{"id": 1}] * 4), replies) is None
+    drawn = {"plots": plots, "lessons": results, "arms": results["arms"], "np": np, "pd": pd}
+    rows = run_cells("displacement", "length", "table", **drawn).rows
+    assert list(rows) == ["before training", *(a.title for a in lessons.ARMS.values())]
+    assert all(row["key facts"] is not None for row in rows.values())
 
 
 def test_an_unknown_arm_is_named(tmp_path):
-    from scripts.cli import parse
-
     with pytest.raises(RecipeError, match="no arm `wine`; there are alone"):
-        lessons(parse("lessons", ["--arms", "wine", "--out", str(tmp_path / "x.json")]))
+        lessons.main(parse("lessons", ["--arms", "wine", "--out", str(tmp_path / "x.json")]))
 
 
-def test_a_layer_that_is_not_there_is_not_adapted(tiny_trainer):
-    model = tiny_trainer().model
-    assert compression.is_adapted(model, "layers.0.self_attn.q_proj")
-    assert not compression.is_adapted(model, "layers.15.self_attn.q_proj")
+RUNS = {
+    "as the default": {"load_in_4bit": True, "dtype": "bfloat16", "bf16": True,
+                       "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "another loss": {"loss_type": "sigmoid_norm", "beta": 5.0},
+    "all weights": {"use_peft": False, "learning_rate": 1e-3, "loss_type": "ipo"},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_tutorial_takes_a_finished_run_of_any_kind(tiny_run, tmp_path, kind):
+    trainer, cfg = tiny_run(**RUNS[kind])
+    cfg.save(cfg.run_dir / "config.yaml")
+    trainer.train()
+    save_adapter(trainer, cfg)
+    left = {path: path.read_bytes() for path in cfg.run_dir.rglob("*") if path.is_file()}
+    executed = papermill.execute_notebook(
+        str(TUTORIAL), str(tmp_path / "out.ipynb"), parameters={"run": str(cfg.run_dir)},
+        cwd=str(ROOT), kernel_name="python3", progress_bar=False,
+    )  # fmt: skip
+    outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
+    assert not [o for cell in outputs.values() for o in cell if o.get("name") == "stderr"]
+    (table,) = (o["data"]["text/html"] for o in outputs["against"] if "data" in o)
+    assert "margin" in table
+    said = "".join(o.get("text", "") for name in ("trl", "lora", "rank") for o in outputs[name])
+    assert ("compared here is the DPO loss" in said) == (kind != "as the default")
+    assert ("all weights were trained" in said) == (kind == "all weights")
+    now = {path: path.read_bytes() for path in cfg.run_dir.rglob("*") if path.is_file()}
+    assert now == left
+
+
+def test_without_a_finished_run_it_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(RecipeError, match=r"no finished run in .*; make one .*scripts.training"):
+        run_cells("setup", run=str(tmp_path))
+
+
+def test_figures_of_the_tutorial_read_the_committed_runs():
+    results = json.loads((TUTORIAL.parent / "lessons.json").read_text())
+    assert set(results["arms"]) == set(lessons.ARMS)
+    assert "DPO alone" in plots.displacement(results).get_label()
+    assert "pairs of like length" in plots.length_hacking(results).get_label()

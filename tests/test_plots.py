@@ -96,7 +96,7 @@ def every_figure() -> dict:
                      "accuracy": {"chosen longer": None, "chosen shorter": 1.0}},
     }  # fmt: skip
     lessons = {"arms": dict.fromkeys(("alone", "sft", "lopsided", "norm"), arm)}
-    errors = {"int4": {"error": 0.1, "bits": 4.5}}
+    errors = {"int4": (0.1, 4.5)}
     return {
         "training_curves": plots.training_curves(steps()),
         "compared_runs": plots.compared_runs({"a": steps(), "b": steps()}),
@@ -114,7 +114,6 @@ def every_figure() -> dict:
         "length_hacking": plots.length_hacking(lessons),
         "quantization": plots.quantization(np.zeros((2, 64)), {"NF4": np.zeros(16)}, errors),
         "spectrum": plots.spectrum({"q": np.array([1.0, 0.5])}),
-        "head_memory": plots.head_memory({"all at once": 1.0, "a few rows": 0.1}, 0.2, 512),
     }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """The figures of the notebooks. Each function takes data and returns a matplotlib figure."""
 
-from scripts.plots.concepts import loss_curve, pipelines
-from scripts.plots.lessons import (
+from scripts.plots.concepts import (
     beta_surface,
+    coloured_answers,
     displacement,
-    head_memory,
     length_hacking,
+    loss_curve,
+    pipelines,
     quantization,
     spectrum,
 )
@@ -19,7 +20,6 @@ from scripts.plots.run import (
     training_curves,
 )
 from scripts.plots.style import described, save
-from scripts.plots.tokens import coloured_answers
 
 __all__ = [
     "before_after",
@@ -30,7 +30,6 @@ __all__ = [
     "data_check",
     "described",
     "displacement",
-    "head_memory",
     "length_hacking",
     "loss_curve",
     "memory_timeline",
