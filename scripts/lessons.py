@@ -148,11 +148,16 @@ def run_arms(config: str, overrides: dict, size: Size, names: list[str]) -> Iter
         trainer.train()
         tokens = {side: list(map(len, trainer.train_dataset[f"{side}_ids"])) for side in SIDES}
         medians = {side: float(np.median(lengths)) for side, lengths in tokens.items()}
-        result = {"title": arm.title, "overrides": arm.overrides, "beta": cfg.dpo.beta,
-                  "learning_rate": cfg.dpo.learning_rate,
-                  "pairs": {"count": len(tokens["chosen"]), **medians},
-                  "steps": step_log(trainer), "held_out": measure_pairs(trainer, cfg),
-                  "replies": measure_replies(trainer.model, trainer, pairs["test"], size)}  # fmt: skip
+        result = {
+            "title": arm.title,
+            "overrides": arm.overrides,
+            "beta": cfg.dpo.beta,
+            "learning_rate": cfg.dpo.learning_rate,
+            "pairs": {"count": len(tokens["chosen"]), **medians},
+            "steps": step_log(trainer),
+            "held_out": measure_pairs(trainer, cfg),
+            "replies": measure_replies(trainer.model, trainer, pairs["test"], size),
+        }
         results["arms"][name] = result | {"seconds": round(time.monotonic() - started, 1)}
         print(f"{name}: {time.monotonic() - started:.0f} s, {in_a_line(result)}", flush=True)
         yield results
