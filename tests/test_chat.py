@@ -28,7 +28,6 @@ from scripts.chat import (
     keep_choice,
     load_chat,
     open_chat,
-    require_gradio,
 )
 from scripts.cli import parse
 from scripts.data import load_preferences
@@ -256,10 +255,7 @@ def test_a_page_that_cannot_be_served_is_one_line(parrots, monkeypatch, fault):
 @pytest.fixture
 def browser(tmp_path):
     """A page of a real Chromium, and the hosts that it asked for something."""
-    try:
-        require_gradio()
-    except ChatError as error:
-        pytest.skip(str(error))
+    pytest.importorskip("gradio", reason="pip install -r requirements-chat.txt")
     if CHROMIUM is None:
         pytest.skip("needs Chromium, and none is installed")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")

@@ -5,11 +5,8 @@ The hub is a server on loopback (`tests/upload_hub.py`); the uploads are hugging
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,22 +17,20 @@ from safetensors.numpy import save_file
 from upload_hub import OWNER, TOKEN, UploadHub, card_errors, receiving
 
 from scripts import export
-from scripts.base import ROOT, InputError, RecipeError
+from scripts.base import InputError, RecipeError
 from scripts.cli import parse
 from scripts.config import Config, load_config
-from scripts.publish import (
+from scripts.model_card import (
     LLAMA,
-    Parcel,
-    PushError,
+    CardError,
     base_name,
     got_worse,
     limits,
-    pack,
     read_figures,
     repo_for,
-    send,
     terms_of,
 )
+from scripts.publish import Parcel, PushError, pack, send
 
 LLAMA3 = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -56,7 +51,11 @@ FIGURES = {
         "unsupported": measure(0.36, 0.04), "base_nll": measure(0.44, 1.0),
     },
     "beside": {"plain questions": {"facts": measure(0.70, 0.44), "length": measure(80.0, 12.0)}},
-    "baselines": {},
+    "baselines": {"base, asked to be brief": {
+        name: {"asked": interval(0.3), "tuned": interval(0.6), "change": interval(0.3)}
+        for name in ("exact", "declined", "length")
+    }},
+    "win_rate": {"judge": "the checker", "raw": interval(0.8), "length_controlled": interval(0.6)},
     "targets": {"exact answers up by at least 0.20": "met",
                 "key facts of plain questions fall by no more than 0.10": "missed"},
 }  # fmt: skip
@@ -196,7 +195,11 @@ def test_the_card_tells_the_whole_run(finished):
     for head in ("How to use it", "Data", "How it was trained", "What was measured",
                  "What it is not for", "Versions", "Licence"):  # fmt: skip
         assert f"\n## {head}\n" in text
-    assert "0.67 [0.62, 0.72]" in text  # with its interval
+    assert card.text.strip().startswith("# SmolLM2-135M-Instruct-dpo-grounded-lora\n")
+    assert "| right, nothing wrong or made up | 0.14 [0.09, 0.19] | 0.67 [0.62, 0.72] |" in text
+    assert "| base, asked to be brief | 0.30 [0.25, 0.35] |" in text
+    assert "| win rate | 0.80 [0.75, 0.85] |" in text
+    assert "| exact answers up by at least 0.20 | met |" in text
     assert "`data/grounded` (digest of its files: `6829e300f940ba15`)" in text
     assert "57 optimiser steps" in text and "learning_rate: 0.0002" in text
     assert "| torch | 2.13.0 |" in text
@@ -227,7 +230,7 @@ def test_a_run_that_was_not_evaluated_says_so(finished):
     card = pack(finished, "adapter").card
     assert "this run was not evaluated" in card.content and card.data.eval_results is None
     (finished.run_dir / "evaluation.json").write_text("{")
-    with pytest.raises(PushError, match=r"damaged; python -m scripts\.evaluate"):
+    with pytest.raises(CardError, match=r"damaged; python -m scripts\.evaluate"):
         read_figures(finished.run_dir)
 
 
@@ -302,7 +305,7 @@ def test_a_llama3_in_a_folder_goes_by_its_licence_too(tiny_cfg, tiny_llama3, tmp
     """The folder of the tiny model has Llama 3's vocabulary, and no name that tells."""
     base = shutil.copytree(tiny_llama3, tmp_path / "my-base")
     cfg = fill(tiny_cfg(model_name_or_path=str(base)))
-    with pytest.raises(PushError, match="my-base has none of LICENSE"):
+    with pytest.raises(CardError, match="my-base has none of LICENSE"):
         pack(cfg, "merged")
     (base / "LICENSE").write_text("the agreement")
     parcel = pack(cfg, "merged")
@@ -317,7 +320,7 @@ def test_a_licence_that_is_not_known_is_asked_for(endpoint):
     assert terms_of("a/b").licence == "gemma"
     endpoint(lambda path, body: (404, {"X-Error-Code": "RepoNotFound"}, b""))
     for base in ("a/b", "a-folder"):
-        with pytest.raises(PushError, match=r"not known.*--licence"):
+        with pytest.raises(CardError, match=r"not known.*--licence"):
             terms_of(base)
 
 
@@ -325,7 +328,7 @@ def test_a_licence_that_wants_a_copy_is_not_sent_without(finished_llama3, endpoi
     url = endpoint(lambda path, body: (403, {"X-Error-Code": "GatedRepo"}, b""))
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    with pytest.raises(PushError, match="give one with --licence-file"):
+    with pytest.raises(CardError, match="give one with --licence-file"):
         pack(finished_llama3, "adapter")
 
 
@@ -355,11 +358,11 @@ def test_an_adapter_of_a_folder_needs_the_bases_name(finished, tmp_path):
 # --- secrets
 
 
-CANARIES = {
+CANARIES = {  # the last is known by its shape alone
     "HF_TOKEN": TOKEN,
     "WANDB_API_KEY": "CANARYwandb" + "a1b2c3d4e" * 3,
     "MY_DB_PASSWORD": "CANARY-password",
-    "UNNAMED": "hf_" + "otherCANARY" * 4,  # known by its shape
+    "UNNAMED": "hf_" + "otherCANARY" * 4,
 }
 
 
@@ -375,14 +378,20 @@ def test_no_secret_of_the_environment_is_in_card_or_files(finished, hub, monkeyp
     assert not any(value.encode() in everything for value in CANARIES.values())
 
 
-@pytest.mark.parametrize("name", CANARIES)
+@pytest.mark.parametrize("name", [*CANARIES, "netrc"])
 @pytest.mark.parametrize("where", ["evaluation.json", "adapter/chat_template.jinja", "header"])
-def test_a_secret_in_what_would_be_sent_is_refused(finished, hub, monkeypatch, name, where):
+def test_a_secret_in_what_would_be_sent_is_refused(
+    finished, hub, monkeypatch, tmp_path, name, where
+):
     """However it came there; and the message doesn't show it."""
     server = hub()
     for variable, value in CANARIES.items():
         monkeypatch.setenv(variable, value)
-    secret = CANARIES[name]
+    # as `wandb login` leaves it
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password CANARYnetrc0123\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    secret = CANARIES.get(name, "CANARYnetrc0123")
     if where == "header":
         path = finished.run_dir / "adapter" / "adapter_model.safetensors"
         save_file({"a": np.zeros(3)}, path, metadata={"note": secret})
@@ -393,15 +402,6 @@ def test_a_secret_in_what_would_be_sent_is_refused(finished, hub, monkeypatch, n
     with pytest.raises(PushError, match="looks like a token or key; nothing was sent") as error:
         run(finished, "--send")
     assert secret not in str(error.value) and server.asked == []
-
-
-def test_a_key_that_wandb_login_left_is_known(finished, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password CANARYnetrc0123\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    (finished.run_dir / "adapter" / "chat_template.jinja").write_text("{# CANARYnetrc0123 #}")
-    with pytest.raises(PushError, match="looks like a token or key"):
-        pack(finished, "adapter")
 
 
 def test_a_place_of_this_machine_is_refused(finished, monkeypatch):
@@ -495,36 +495,6 @@ def test_an_upload_that_breaks_off_goes_on_at_the_second_call(finished, hub):
         assert sent(server)[shard.name] == shard.read_bytes()
     again = {path.split("/")[2] for method, path in server.asked[before:] if method == "PUT"}
     assert lost in again and not again & arrived
-
-
-@pytest.mark.slow
-def test_a_push_that_was_killed_goes_on_at_the_second_call(finished):
-    """The command itself, as a process that is killed while a file is on its way."""
-    second = finished.run_dir / "merged" / "model-00002-of-00002.safetensors"
-    lost = hashlib.sha256(second.read_bytes()).hexdigest()
-    started = []
-
-    def kill(method: str, path: str, before: int) -> str | None:
-        if method != "PUT" or lost not in path or len(started) > 1:
-            return None
-        started[0].kill()
-        return "cut"
-
-    server = UploadHub(kill)
-    with receiving(server) as url:
-        command = [sys.executable, "-m", "scripts.export", "push", "--what", "merged", "--send",
-                   "--config", str(finished.run_dir / "config.yaml")]  # fmt: skip
-        for code in (-9, 0):
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env=os.environ | {"HF_ENDPOINT": url, "HF_TOKEN": TOKEN,
-                                  "HF_HUB_DISABLE_XET": "1"},
-            )  # fmt: skip
-            started.append(process)
-            out, _ = process.communicate(timeout=300)
-            assert process.returncode == code, out
-            assert bool(sent(server)) == (code == 0)
-    assert sent(server)[second.name] == second.read_bytes() and "sent: " in out
 
 
 # --- what is missing
