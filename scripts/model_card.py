@@ -329,7 +329,8 @@ def make_card(
         tables["versions"] = pd.Series(facts, name="version").to_frame()
     return ModelCard.from_template(
         metadata, template_path=str(TEMPLATE), name=repo.split("/")[-1], what=what,
-        base=base, base_on_hub=base_on_hub, terms=terms, repo=repo if "/" in repo else f"OWNER/{repo}", data=data,
+        base=base, base_on_hub=base_on_hub, terms=terms, data=data,
+        repo=repo if "/" in repo else f"OWNER/{repo}",
         data_on_hub=data_on_hub, data_commit=origin.get("commit"), rank=cfg.model.lora_r,
         data_content=origin.get("content"), data_card=DATA_CARD if along else None,
         dropped=len(dropped.read_bytes().splitlines()) if dropped.is_file() else 0,
