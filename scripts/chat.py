@@ -162,7 +162,7 @@ def load_chat(cfg: Config) -> Chat:
     return Chat(cfg, tuned.eval(), model.eval(), tokenizer)
 
 
-def shown(reply: Reply) -> str:
+def _shown(reply: Reply) -> str:
     """An answer as the reader sees it."""
     return (reply.text or "(nothing)") + ("" if reply.finished else " … (cut off)")
 
@@ -181,7 +181,7 @@ def web_page(chat: Chat, system: str = "") -> gradio.Blocks:
 
     def show(messages: Messages, turn: Turn | None, words: str, question=None) -> list:
         """New values of `outputs`; while a turn waits for a choice, nothing can be asked."""
-        left, right = map(shown, turn.sides) if turn else ("", "")
+        left, right = map(_shown, turn.sides) if turn else ("", "")
         told = [m for m in messages if m["role"] != "system"]
         earlier = "\n\n".join(f"{one['role']}: {one['content']}" for one in told)
         waits = turn is not None and not turn.same
@@ -311,11 +311,11 @@ def converse(chat: Chat, system: str = "") -> None:
         elif line:
             turn = chat.ask(messages, line)
             if turn.same:
-                print(f"\nBoth: {shown(turn.base)}")
+                print(f"\nBoth: {_shown(turn.base)}")
                 messages = [*turn.prompt, {"role": "assistant", "content": turn.base.text}]
                 continue
             for label, reply in zip("AB", turn.sides, strict=True):
-                print(f"\n{label}: {shown(reply)}")
+                print(f"\n{label}: {_shown(reply)}")
             while (letter := _asked("\nbetter? [a/b/Enter] ")) not in (None, *LETTERS):
                 pass
             if letter is None:

@@ -81,7 +81,7 @@ class Parcel:
         return "\n".join([head, *lines])
 
 
-def pack(
+def make_parcel(
     cfg: Config, what: str, *, repo: str | None = None, base: str | None = None,
     licence: str | None = None, licence_file: Path | None = None, private: bool = True,
 ) -> Parcel:  # fmt: skip
@@ -269,9 +269,9 @@ def push(args: argparse.Namespace) -> None:
     what = args.what or ("adapter" if cfg.model.use_peft else "merged")
     options = {"base": args.base, "licence": args.licence, "licence_file": args.licence_file,
                "private": not args.public}  # fmt: skip
-    parcel = pack(cfg, what, repo=args.repo, **options)
+    parcel = make_parcel(cfg, what, repo=args.repo, **options)
     if args.send and "/" not in parcel.repo:  # the card names the whole address
-        parcel = pack(cfg, what, repo=f"{owner_here(parcel.repo)}/{parcel.repo}", **options)
+        parcel = make_parcel(cfg, what, repo=f"{owner_here(parcel.repo)}/{parcel.repo}", **options)
     print(parcel.described())
     if not args.send:
         print(f"\n{parcel.folder / 'README.md'}:\n\n{parcel.card.content}")

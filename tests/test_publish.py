@@ -30,7 +30,7 @@ from scripts.model_card import (
     repo_for,
     terms_of,
 )
-from scripts.publish import Parcel, PushError, pack, send
+from scripts.publish import Parcel, PushError, make_parcel, send
 
 LLAMA3 = "meta-llama/Meta-Llama-3-8B-Instruct"
 
@@ -190,7 +190,7 @@ def test_the_adapter_names_its_base_as_the_hub_does(finished, hub):
 
 
 def test_the_card_tells_the_whole_run(finished):
-    card = pack(finished, "adapter").card
+    card = make_parcel(finished, "adapter").card
     text = card.content
     for head in ("How to use it", "Data", "How it was trained", "What was measured",
                  "What it is not for", "Versions", "Licence"):  # fmt: skip
@@ -227,7 +227,7 @@ def test_the_card_says_where_the_model_got_worse_and_what_it_cannot(finished):
 
 def test_a_run_that_was_not_evaluated_says_so(finished):
     (finished.run_dir / "evaluation.json").unlink()
-    card = pack(finished, "adapter").card
+    card = make_parcel(finished, "adapter").card
     assert "this run was not evaluated" in card.content and card.data.eval_results is None
     (finished.run_dir / "evaluation.json").write_text("{")
     with pytest.raises(CardError, match=r"damaged; python -m scripts\.evaluate"):
@@ -236,7 +236,7 @@ def test_a_run_that_was_not_evaluated_says_so(finished):
 
 def test_the_hubs_validator_reads_the_card_before_anything_is_made(finished, hub):
     server = hub()
-    parcel = pack(finished, "adapter", repo=f"{OWNER}/mine")
+    parcel = make_parcel(finished, "adapter", repo=f"{OWNER}/mine")
     bad = ModelCard(parcel.card.content.replace("license: apache-2.0", "license: my-own"))
     with pytest.raises(PushError, match=r"does not take the card.*license"):
         send(Parcel(parcel.folder, parcel.repo, bad, True))
@@ -274,7 +274,7 @@ def test_a_llama3_is_named_and_licensed_as_its_licence_has_it(finished_llama3, t
 )
 def test_another_beginning_is_refused_with_a_name_that_would_do(finished_llama3, given, proposed):
     with pytest.raises(InputError, match=f"`Llama-3`; take {proposed}$"):
-        pack(finished_llama3, "adapter", repo=given)
+        make_parcel(finished_llama3, "adapter", repo=given)
 
 
 @pytest.mark.parametrize(
@@ -306,9 +306,9 @@ def test_a_llama3_in_a_folder_goes_by_its_licence_too(tiny_cfg, tiny_llama3, tmp
     base = shutil.copytree(tiny_llama3, tmp_path / "my-base")
     cfg = fill(tiny_cfg(model_name_or_path=str(base)))
     with pytest.raises(CardError, match="my-base has none of LICENSE"):
-        pack(cfg, "merged")
+        make_parcel(cfg, "merged")
     (base / "LICENSE").write_text("the agreement")
-    parcel = pack(cfg, "merged")
+    parcel = make_parcel(cfg, "merged")
     assert parcel.repo.startswith("Llama-3-my-base-dpo-")
     assert (parcel.folder / "LICENSE").read_text() == "the agreement"
     assert "**Built with Meta Llama 3**" in parcel.card.text
@@ -329,7 +329,7 @@ def test_a_licence_that_wants_a_copy_is_not_sent_without(finished_llama3, endpoi
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     with pytest.raises(CardError, match="give one with --licence-file"):
-        pack(finished_llama3, "adapter")
+        make_parcel(finished_llama3, "adapter")
 
 
 def test_names_come_from_base_and_data(finished):
@@ -339,7 +339,7 @@ def test_names_come_from_base_and_data(finished):
         "SmolLM2-135M-Instruct-dpo-grounded"
     )
     with pytest.raises(InputError, match="--repo"):
-        pack(finished, "merged", repo="a/b/c")
+        make_parcel(finished, "merged", repo="a/b/c")
     with pytest.raises(InputError, match="--base takes a name"):
         base_name(finished, "/a/folder")
 
@@ -348,10 +348,10 @@ def test_an_adapter_of_a_folder_needs_the_bases_name(finished, tmp_path):
     origins = {"model": {"name": str(tmp_path), "content": "1"}}
     (finished.run_dir / "origins.json").write_text(json.dumps(origins))
     with pytest.raises(InputError, match="--base owner/model"):
-        pack(finished, "adapter")
-    card = pack(finished, "adapter", base="someone/SmolLM2-tuned").card
+        make_parcel(finished, "adapter")
+    card = make_parcel(finished, "adapter", base="someone/SmolLM2-tuned").card
     assert card.data.base_model == "someone/SmolLM2-tuned"
-    merged = pack(finished, "merged", licence="mit").card
+    merged = make_parcel(finished, "merged", licence="mit").card
     assert merged.data.base_model is None and str(tmp_path) not in merged.content
 
 
@@ -409,7 +409,7 @@ def test_a_place_of_this_machine_is_refused(finished, monkeypatch):
     template = finished.run_dir / "adapter" / "chat_template.jinja"
     template.write_text("{# from /home/somebody/models #}")
     with pytest.raises(PushError, match=r"chat_template\.jinja, line 1, names a place"):
-        pack(finished, "adapter")
+        make_parcel(finished, "adapter")
 
 
 # --- what the hub refuses
@@ -503,14 +503,16 @@ def test_an_upload_that_breaks_off_goes_on_at_the_second_call(finished, hub):
 def test_what_is_missing_is_told_before_anything_is_done(finished):
     shutil.rmtree(finished.run_dir / "merged")
     with pytest.raises(RecipeError, match=r"no merged model .*python -m scripts\.export --config"):
-        pack(finished, "merged")
+        make_parcel(finished, "merged")
     shutil.rmtree(finished.run_dir / "adapter")
     with pytest.raises(RecipeError, match="no adapter"):
-        pack(finished, "adapter")
+        make_parcel(finished, "adapter")
 
 
 def test_the_settings_of_the_card_are_those_of_the_config(finished):
-    block = re.search(r"```yaml\n(.*?)```", pack(finished, "adapter").card.content, re.DOTALL)[1]
+    block = re.search(
+        r"```yaml\n(.*?)```", make_parcel(finished, "adapter").card.content, re.DOTALL
+    )[1]
     shown = yaml.safe_load(block)
     saved = yaml.safe_load((finished.run_dir / "config.yaml").read_text())
     both = set(shown) & set(saved)
