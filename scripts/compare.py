@@ -24,10 +24,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from scripts.base import RecipeError
+from scripts.config import is_harmless
 from scripts.doctor import RunFolder, read_run
 from scripts.plots import compared_runs, save
 from scripts.tables import MEASURES, compared, with_interval
-from scripts.values import is_harmless
 
 # Of the training log: the mean of its last fifth.
 ENDS = {

@@ -1,9 +1,9 @@
 """Read a run's YAML file into TRL's own argument classes, strictly.
 
 The keys are those of TRL's `ScriptArguments`, `ModelConfig` and `DPOConfig`, flat in one file, as
-`trl dpo --config` reads them; what is ours alone is `RecipeArguments`. A key nobody knows, a key
-that stands twice, or a value of the wrong type or out of range is an error before anything is
-loaded.
+`trl dpo --config` reads them; what is ours alone is `RecipeArguments`. An unknown key, a key
+set twice, or a value of the wrong type or out of range is an error before anything loads. Most
+values TRL and transformers check themselves; the ranges here are of keys that the configs set.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,36 +27,27 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from trl import DPOConfig, ModelConfig, ScriptArguments
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from trl import DPOConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from scripts.base import ROOT, InputError
-from scripts.places import check_dataset, check_model, check_run_folder
-from scripts.rules import contradictions
-from scripts.values import (
-    SECRET,
-    BadValue,
-    checked,
-    hints_of,
-    is_harmless,
-    missing_package,
-    shown,
-)
+from scripts.base import ROOT, InputError, existing, one_line, write_whole
 
-MOST_BRACKETS = 1000
+AUTO = "auto"  # a value that the data decides
+MOST_BRACKETS = 1000  # in a YAML file: PyYAML's time grows with their square
 MOST_CHANGES, LONGEST_CHANGES = 4, 80  # overrides, and letters of them, in a run's name
 PATHS = ("dataset_name", "model_name_or_path", "output_dir")
+SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=//)[^/@\s:]*:[^/@\s]+@")
+DATA = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".bz2", ".xz")
 
 
 class ConfigError(InputError):
-    """A mistake in a config file or an override."""
-
-
-AUTO = "auto"  # a value that the data decides
+    """A mistake in a config file, an override, or a folder that they name."""
 
 
 @dataclass
 class RecipeArguments:
-    """What the recipe needs beyond TRL's own arguments; ranges are in `values.RANGES`."""
+    """What the recipe needs beyond TRL's own arguments."""
 
     # By the columns; or the name of one of pairs.formats.FORMATS.
     dataset_format: Literal[
@@ -70,7 +65,6 @@ class RecipeArguments:
     # Held out when the data has no test split of its own; auto: enough to tell, at most a fifth.
     test_split_size: float | Literal["auto"] = "auto"
     prefix_sharing: bool = True  # run each prompt once (scripts/sharing), not TRL's way
-    prefix_attention: Literal["segments", "mask", "flex"] = "segments"
     max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
     generation_batch_size: int = 16
     eval_prompts: int | None = None  # try this many held-out prompts (None: all of them)
@@ -82,13 +76,85 @@ class RecipeArguments:
     baselines: bool = False  # also what the base does by other means: asked to be brief, cut ...
     # {figure: {at_least: ...}} or {at_most: ...}, in place of those set beforehand
     aims: dict[str, dict[Literal["at_least", "at_most"], float]] | None = None
-    loader_timeout: int = 600  # seconds that the next batch may take before training stops
     # Of the merged model; bfloat16 rounds a small update away.
     merge_dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     # What a 4-bit run's adapter is merged into: the 4-bit weights written out, on which it was
     # trained, or the original ones.
     merge_into: Literal["dequantized", "original"] = "dequantized"
     wandb_project: str = "llama3-dpo"
+
+
+PARTS: dict[str, type] = {
+    "recipe": RecipeArguments,
+    "script": ScriptArguments,
+    "model": ModelConfig,
+    "dpo": DPOConfig,
+}
+FIELDS = {cls: {f.name for f in dataclasses.fields(cls) if f.init} for cls in PARTS.values()}
+# Of an argument that several classes have, the type in the first of them counts.
+HINTS: dict[str, Any] = {
+    name: hint
+    for cls in reversed(PARTS.values())
+    for name, hint in typing.get_type_hints(cls).items()
+    if name in FIELDS[cls]
+}
+# Lowest and highest value. TRL and transformers refuse these only once the model is loaded.
+RANGES: dict[str, tuple[float, float]] = {
+    "train_samples": (1, math.inf),
+    "eval_samples": (1, math.inf),
+    "eval_prompts": (1, math.inf),
+    "side_prompts": (0, math.inf),
+    "score_margin": (0, math.inf),
+    "test_split_size": (1e-9, 1 - 1e-9),
+    "max_new_tokens": (1, 131_072),
+    "generation_batch_size": (1, 65_536),
+    "lora_r": (1, 8192),
+    "lora_alpha": (1, 65_536),
+    "lora_dropout": (0, 1 - 1e-9),
+    "beta": (1e-9, 100),
+    "max_length": (2, math.inf),
+    "loss_weights": (0, math.inf),
+    "ld_alpha": (0, 1),
+    "label_smoothing": (0, 0.5 - 1e-9),
+    "learning_rate": (0, 1),
+    "num_train_epochs": (1e-9, 1000),
+    "max_steps": (-1, math.inf),
+    "warmup_steps": (0, math.inf),
+    "per_device_train_batch_size": (1, 65_536),
+    "per_device_eval_batch_size": (1, 65_536),
+    "gradient_accumulation_steps": (1, 65_536),
+    "weight_decay": (0, 1),
+    "max_grad_norm": (0, math.inf),
+    "logging_steps": (1e-9, math.inf),
+    "eval_steps": (1e-9, math.inf),
+    "save_steps": (1e-9, math.inf),
+    "save_total_limit": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def _listed(name: str) -> list[str]:
+    """The names that TRL's argument `name` lists in its help; it checks them after the model."""
+    text = DPOConfig.__dataclass_fields__[name].metadata["help"]
+    (names,) = re.findall(r"Possible values are: (.*?)\. ", text)
+    return re.findall(r"`'?(\w+)'?`", names)
+
+
+NAMES = {name: _listed(name) for name in ("loss_type", "f_divergence_type")}
+# Keys that the recipe had, and those of other trainers: what to set in their place.
+RETIRED = {
+    "loader_timeout": "leave it out",
+    "prefix_attention": "leave it out; PrefixSharedDPOTrainer takes it as an argument",
+    "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, rpo_alpha]",
+    "max_prompt_length": "max_length, which counts prompt and answer",
+    "torch_dtype": "dtype",
+    "val_set_size": "test_split_size",
+    "lora_target": "lora_target_modules",
+    "bnb_4bit_compute_dtype": "dtype",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "warmup_ratio": "warmup_steps, which takes a share below 1 too",
+}
+OURS_ONCE = ("loader_timeout", "prefix_attention")  # which config.yaml of an older run may have
 
 
 @dataclass
@@ -100,6 +166,7 @@ class Config:
     model: ModelConfig
     dpo: DPOConfig
     given: dict[str, Any] = field(default_factory=dict)
+    turned: set[str] = field(default_factory=set)  # keys that a notebook's cell changed (`use`)
 
     @property
     def run_dir(self) -> Path:
@@ -119,40 +186,39 @@ class Config:
 
     def settle_max_length(self, length: int) -> None:
         """Put the chosen `max_length` in place of `auto`, in this run's saved config too."""
-        path = self.run_dir / "config.yaml"
-        ours = self.is_main_process and path.is_file() and path.read_text() == self._text()
+        before = self._text()
         self.dpo.max_length = self.given["max_length"] = length
-        if ours:
-            self.save(path)
+        self._save_again(before)
+
+    def arguments(self, cls: type) -> dict[str, Any]:
+        """The values that this config gives for one of TRL's argument classes.
+
+        Example:
+            >>> DPOConfig(**cfg.arguments(DPOConfig) | {"beta": 0.2})
+        """
+        given = {k: v for k, v in self.given.items() if k in FIELDS[cls]}
+        return given | ({"max_length": self.dpo.max_length} if "max_length" in given else {})
+
+    def use(self, args: DPOConfig) -> None:
+        """Train with `args`, a changed `dpo`; what differs goes into the run's saved config."""
+        before, then, now = self._text(), self.dpo.to_dict(), args.to_dict()
+        self.turned = {key for key, value in now.items() if then.get(key) != value}
+        self.given |= {key: now[key] for key in self.turned}
+        self.dpo = args
+        self._save_again(before)
 
     def save(self, path: Path) -> None:
-        """Write the config so that `load_config(path)` gives this run again; a kill or a full disk
-        leaves what was there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_text(self._text())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        """Write the config so that `load_config(path)` gives this run again."""
+        write_whole(path, self._text())
+
+    def _save_again(self, before: str) -> None:
+        """Keep the run folder's copy in step, if it holds this very config."""
+        path = self.run_dir / "config.yaml"
+        if self.is_main_process and path.is_file() and path.read_text() == before:
+            self.save(path)
 
     def _text(self) -> str:
         return yaml.safe_dump(dataclasses.asdict(self.recipe) | self.given, sort_keys=False)
-
-
-PARTS: dict[str, type] = {
-    "recipe": RecipeArguments,
-    "script": ScriptArguments,
-    "model": ModelConfig,
-    "dpo": DPOConfig,
-}
-HINTS = hints_of(*PARTS.values())
-DEFAULTS: dict[str, Any] = {
-    f.name: f.default
-    for part in reversed(PARTS.values())
-    for f in dataclasses.fields(part)
-    if f.default is not dataclasses.MISSING
-}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -164,8 +230,8 @@ class _UniqueKeys(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if key.value in lines:
                 raise ConfigError(
-                    f"{self.name}: `{key.value}` stands twice, in lines {lines[key.value]} and "
-                    f"{line}; keep one of them"
+                    f"{self.name}: `{key.value}` is set twice (lines {lines[key.value]} and "
+                    f"{line}); keep one of them"
                 )
             lines[str(key.value)] = line
         return super().construct_mapping(node, deep)
@@ -175,9 +241,9 @@ def _read_yaml(name: str, text: str) -> Any:
     """`text` as YAML.
 
     Raises:
-        ConfigError: it is no YAML, or a key stands twice in a mapping.
+        ConfigError: it is no YAML, or a key is set twice in a mapping.
     """
-    if sum(map(text.count, "[{")) > MOST_BRACKETS:  # PyYAML's time grows with their square
+    if sum(map(text.count, "[{")) > MOST_BRACKETS:
         raise ConfigError(f"{name} has more than {MOST_BRACKETS} brackets: that is no config")
     try:
         loader = _UniqueKeys(text)  # which reads the first characters at once
@@ -185,7 +251,7 @@ def _read_yaml(name: str, text: str) -> Any:
         return loader.get_single_data()
     # A list as a key is a TypeError, a date of month 13 a ValueError.
     except (yaml.YAMLError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{name} is not valid YAML: {one_line(error)}") from None
 
 
 def load_config(
@@ -203,33 +269,28 @@ def load_config(
 
     `output_dir`, if given, is the run folder. With `may_lack_gpu` a config for a GPU is read on a
     machine without one, to plan or check a run that another machine will do; the folders that it
-    names may be that machine's, too, and are not looked at. What the config itself says stays in
-    `given`.
+    names may be that machine's, too, and are not looked at.
 
     Raises:
-        ConfigError: the file is missing or is no mapping, a key is unknown (the message names the
-            nearest one) or stands twice, a value is of the wrong type, out of range or refused by
-            TRL, or two settings contradict each other.
-        PlaceError: the model's folder is damaged, the run folder cannot be written to, or the
-            dataset is not there.
+        ConfigError: the file is missing or no mapping, keys are unknown or set twice, a value is
+            of the wrong type, out of range or refused by TRL, two settings contradict each other,
+            or a folder that is named cannot serve.
     """
     path, given = _given(path, overrides, output_dir)
     if given.get("max_length") == AUTO and given.get("resume_from_checkpoint"):
         given["max_length"] = _length_of_run(Path(given["output_dir"]) / "config.yaml")
-    for key, value in given.items():
-        if not may_lack_gpu and (package := missing_package(key, value)):
-            raise ConfigError(f"{path.name}: `{key}: {value}` needs {package}, not installed here")
     for key in ("model_name_or_path", "dataset_name"):
         if not given.get(key):
             raise ConfigError(f"{path.name}: `{key}` is not set; name a folder or one of the hub's")
     lacks_gpu = may_lack_gpu and not torch.cuda.is_available()
-    parts = _built(path.name, given | {"use_cpu": True} if lacks_gpu else given)
-    for problem in contradictions(given, **parts):
+    cfg = Config(
+        **_built(path.name, given | {"use_cpu": True} if lacks_gpu else given), given=given
+    )
+    for problem in _contradictions(cfg):
         raise ConfigError(f"{path.name}: {problem}")
     if isinstance(targets := given.get("lora_target_modules"), list):
         # TRL makes a list of one its name, which PEFT would read as a pattern for whole names.
-        parts["model"].lora_target_modules = targets if targets != ["all-linear"] else targets[0]
-    cfg = Config(**parts, given=given)
+        cfg.model.lora_target_modules = targets if targets != ["all-linear"] else targets[0]
     if not may_lack_gpu:
         check_places(cfg)
     return cfg
@@ -242,11 +303,15 @@ def _given(
     path, values = _read_file(path)
     if not isinstance(overrides, dict | None):
         raise ConfigError(
-            f"overrides must be a mapping such as {{'beta': 0.2}}, got {shown(overrides)}"
+            f"overrides is a mapping such as {{'beta': 0.2}}, got {_shown(overrides)}"
         )
-    file = {key: _checked(path.name, key, value) for key, value in values.items()}
+    if (path.parent / "environment.json").is_file():  # a run's own, perhaps of an earlier version
+        for key in [key for key in OURS_ONCE if key in values]:
+            print(f"{path}: `{key}` is no longer a setting; it is passed over")
+            del values[key]
     overrides = (overrides or {}) | ({"output_dir": output_dir} if output_dir is not None else {})
-    given = file | {key: _checked("override", key, value) for key, value in overrides.items()}
+    file = _checked(path.name, values)
+    given = file | _checked("override", overrides)
     given.setdefault("output_dir", f"outputs/{run_name(path.stem, file, given)}")
     other_data = given.get("dataset_name") != values.get("dataset_name")
     if other_data and "max_length" not in overrides:
@@ -256,11 +321,221 @@ def _given(
     return path, given
 
 
+def _read_file(path: str | Path) -> tuple[Path, dict]:
+    """The config file `path`, looked for here and in the project, and the mapping in it."""
+    if not str(path).strip() or "\0" in str(path):
+        raise ConfigError(f"the config must be the name of a YAML file, got {_shown(path)}")
+    path = next((p for p in (Path(path), ROOT / path) if os.path.isfile(p)), ROOT / path)
+    if not os.path.isfile(path):  # unlike Path.is_file, it bears with a name that is too long
+        known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+        raise ConfigError(f"no config file at {str(path)[:200]}; configs/ has {known}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path.name} is not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path} could not be read: {error.strerror}") from None
+    values = _read_yaml(path.name, text)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path.name} must hold `key: value` lines")
+    return path, values
+
+
+def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, each in the type of its argument.
+
+    Raises:
+        ConfigError: keys are unknown (all of them are named), or a value does not fit.
+    """
+    if unknown := [key for key in values if key not in HINTS]:
+        what = "unknown key" + "s" * (len(unknown) > 1)
+        raise ConfigError(f"{where}: {what} {'; '.join(map(_instead, unknown))}")
+    return {key: _typed(where, key, value) for key, value in values.items()}
+
+
+def _instead(key: Any) -> str:
+    """An unknown key, and what to write in its place."""
+    shown = f"`{_shown(key)[1:-1]}`"
+    if key in RETIRED:
+        return f"{shown} (instead: {RETIRED[key]})"
+    near = difflib.get_close_matches(str(key), HINTS, n=1, cutoff=0.75)
+    return f"{shown} (did you mean `{near[0]}`?)" if near else shown
+
+
+def _typed(where: str, key: str, value: Any) -> Any:
+    """`value` in the type of the argument `key` (YAML reads `5e-5` as text, and `no` as false)."""
+    if key == "hub_token" or (isinstance(value, str) and SECRET.search(value)):
+        raise ConfigError(
+            f"{where}: `{key}` holds a password or a token, and a config is saved, logged and "
+            "shown; export HF_TOKEN for the hub, and put an address's password into ~/.netrc"
+        )
+    hint = HINTS[key]
+    options = _options(hint)
+    if value is False and bool not in options and str in options:
+        value = "no"
+    if isinstance(value, str) and list[str] in options and str not in options:
+        value = [value]  # TRL's command line takes one name where it takes several
+    wrong = f"{where}: `{key}` must be {{}}, got {_shown(value)}"
+    if isinstance(value, bool) and not {bool, Any} & set(options):
+        raise ConfigError(wrong.format("no true or false"))
+    if not (value == AUTO and key in ("max_length", "test_split_size")):
+        try:
+            adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+            value = adapter.validate_python(value)
+        except (ValidationError, RecursionError) as error:
+            raise ConfigError(wrong.format(_kind(hint, error))) from None
+    if isinstance(value, str) and (not value.strip() or "\0" in value) and key != "hub_model_id":
+        raise ConfigError(wrong.format("a name that is not empty"))
+    low, high = RANGES.get(key, (-math.inf, math.inf))
+    for number in value if isinstance(value, list) else [value]:
+        # A NaN is in no range; an infinity only where no argument of ours ends.
+        if isinstance(number, int | float) and not low <= number <= high:
+            raise ConfigError(wrong.format(_range(low, high)))
+        if key in NAMES and number not in (None, *NAMES[key]):
+            raise ConfigError(wrong.format(f"one of {', '.join(NAMES[key])}"))
+    return value
+
+
+def _options(hint: Any) -> tuple:
+    """The types that a union is of, or the one type."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _kind(hint: Any, error: Exception) -> str:
+    """What an argument takes: its names, or its types."""
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    options = _options(hint)
+    names = [getattr(one, "__name__", str(one)) for one in options if one is not type(None)]
+    whole = isinstance(error, ValidationError) and "from_float" in str(error)
+    return "a whole number" if whole else " or ".join(names)
+
+
+def _range(low: float, high: float) -> str:
+    ends = [f"above {low:g}" if 0 < low < 1e-6 else f"at least {low:g}"] * (low > -math.inf)
+    ends += [f"below {high:g}" if high % 0.5 else f"at most {high:g}"] * (high < math.inf)
+    return " and ".join(ends).replace("above 1e-09", "above 0")
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message, in one short line and without a password that stands in it."""
+    text = re.sub(r"hf_\w{8,}|(?<=//)[^/@\s]+@", "***", repr(value))
+    return text if len(text) <= 120 else text[:110] + " ... " + text[-5:]
+
+
+def _built(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The argument objects of `PARTS` with `values` in them."""
+    if values.get("max_length") == AUTO:  # TRL's default stands until the data is read
+        values = {k: v for k, v in values.items() if k != "max_length"}
+    try:
+        return {name: _filled(cls, values) for name, cls in PARTS.items()}
+    except Exception as error:  # what TRL and transformers check of all that they take, they raise
+        reason = one_line(error)
+        about = "".join(f" `{key}`:" for key in _culprits(values) if key not in reason)
+        no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in reason)
+        raise ConfigError(f"{where}:{about} {reason}{no_gpu}") from error
+
+
+def _filled(cls: type, values: dict[str, Any]) -> Any:
+    return cls(**{k: v for k, v in values.items() if k in FIELDS[cls]})
+
+
+def _culprits(values: dict[str, Any]) -> list[str]:
+    """The keys without which the arguments can be built, at most two."""
+    found = []
+    for key in values:
+        with suppress(Exception):
+            for cls in PARTS.values():
+                _filled(cls, {k: v for k, v in values.items() if k != key})
+            found.append(key)
+    return found[:2]
+
+
+def _contradictions(cfg: Config) -> Iterator[str]:
+    """Settings that are each good and together not, as people have set them."""
+    script, model, dpo = cfg.script, cfg.model, cfg.dpo
+    if script.dataset_streaming:
+        yield "`dataset_streaming: true` is not supported: all data is checked before training"
+    if script.dataset_train_split == script.dataset_test_split:
+        yield (
+            f"dataset_train_split and dataset_test_split are both {script.dataset_train_split!r}: "
+            "held-out pairs must not be trained on"
+        )
+    if not model.use_peft and (model.load_in_4bit or model.load_in_8bit):
+        yield (
+            "`use_peft: false` trains all weights, and 4-bit or 8-bit weights cannot be trained; "
+            "set load_in_4bit (and load_in_8bit) to false, or use_peft to true"
+        )
+    if model.dtype in ("auto", None) and model.load_in_4bit:
+        yield f"`dtype: {model.dtype}` names no type to compute 4-bit weights in; set bfloat16"
+    else:
+        try:
+            get_quantization_config(model)
+            get_peft_config(model)
+        except (ValueError, AttributeError, TypeError) as error:
+            yield f"the 4-bit or LoRA settings: {one_line(error)}"
+    targets = model.lora_target_modules or []
+    if model.use_peft and "lm_head" in ([targets] if isinstance(targets, str) else targets):
+        yield "`lora_target_modules` names lm_head, which TRL's DPO does not train; leave it out"
+    if dpo.loss_weights is not None and not any(dpo.loss_weights):
+        yield "`loss_weights` are all 0, so nothing would be learned; set one of them above 0"
+    if dpo.push_to_hub:
+        yield (
+            "`push_to_hub` would publish replies and logs unseen; leave it out, and afterwards: "
+            "python -m scripts.export push"
+        )
+    if cfg.given.get("gradient_checkpointing") and not dpo.gradient_checkpointing:
+        yield (
+            "gradient_checkpointing: true is overruled by activation_checkpointing: false; set "
+            "activation_checkpointing: true"
+        )
+    if (checkpoint := dpo.resume_from_checkpoint) and not Path(checkpoint).is_dir():
+        yield f"`resume_from_checkpoint`: there is no folder {checkpoint}"
+
+
+def _length_of_run(path: Path) -> int | str | None:
+    """The `max_length` that the run with this saved config chose, or `auto` if there is none."""
+    saved = _read_yaml(path.name, path.read_text()) if path.is_file() else None
+    return saved.get("max_length", AUTO) if isinstance(saved, dict) else AUTO
+
+
+# ---- a run's name, and what it depends on ----
+
+# Arguments that the trained weights do not depend on: where things go, what is logged, kept or
+# measured, how batches are fetched. Whatever is not named here counts.
+HARMLESS = {
+    "output_dir", "run_name", "resume_from_checkpoint", "report_to", "project", "disable_tqdm",
+    "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy",
+    "logging_first_step", "logging_steps", "logging_nan_inf_filter",
+    "include_num_input_tokens_seen", "include_num_input_tokens_per_second", "save_strategy",
+    "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint",
+    "restore_callback_states_from_checkpoint", "push_to_hub", "eval_strategy", "eval_steps",
+    "eval_delay", "eval_on_start", "eval_do_concat_batches", "eval_accumulation_steps",
+    "eval_use_gather_object", "per_device_eval_batch_size", "do_train", "do_eval", "do_predict",
+    "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "batch_eval_metrics",
+    "include_for_metrics", "metric_for_best_model", "greater_is_better", "skip_memory_metrics",
+    "torch_empty_cache_steps", "ddp_timeout", "dataset_num_proc", "local_rank", "debug",
+    # recomputed activations are the same numbers
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "activation_offloading", "ignore_bias_buffers",
+    # the recipe's own
+    "max_new_tokens", "generation_batch_size", "eval_prompts", "eval_samples", "merge_dtype",
+    "merge_into", "wandb_project", "on_bad_rows", "questions", "questions_level", "side_prompts",
+    "baselines", "aims",
+}  # fmt: skip
+
+
+def is_harmless(key: str) -> bool:
+    """Whether the trained weights do not depend on the argument `key`."""
+    return key in HARMLESS or key.startswith(("hub_", "dataloader_", "trackio_"))
+
+
 def run_name(stem: str, file: dict[str, Any], given: dict[str, Any]) -> str:
     """The run's name: that of its config, and what `given` says otherwise than the `file`.
 
     Only what the trained weights depend on is in it, so a run that goes on with another way to log
-    or to save goes on in its own folder; and not the processor. Many or long values are told by a
+    or to save goes on in its own folder; and not the processor. Many or long values become a
     digest.
 
     Example:
@@ -272,16 +547,12 @@ def run_name(stem: str, file: dict[str, Any], given: dict[str, Any]) -> str:
         for key, value in sorted(given.items())
         if not is_harmless(key) and key != "use_cpu" and (key not in file or file[key] != value)
     }
-    words = [f"{key}-{_as_name(value)}" for key, value in changed.items()]
-    name = "-".join([stem, *words])
-    if len(name) - len(stem) <= LONGEST_CHANGES and len(words) <= MOST_CHANGES:
+    as_name = {k: re.sub(r"[^\w.+-]+", "_", str(v)).strip("_") for k, v in changed.items()}
+    name = "-".join([stem, *(f"{key}-{value}" for key, value in as_name.items())])
+    if len(name) - len(stem) <= LONGEST_CHANGES and len(changed) <= MOST_CHANGES:
         return name
     digest = hashlib.sha256(json.dumps(changed, default=str).encode()).hexdigest()[:8]
     return f"{stem}-{digest}"
-
-
-def _as_name(value: Any) -> str:
-    return re.sub(r"[^\w.+-]+", "_", str(value)).strip("_")
 
 
 def refuse_changed(
@@ -293,13 +564,13 @@ def refuse_changed(
     not built again: that would reset what a trainer in the same process stands on.
     """
     _, now = _given(path, overrides, output_dir)
-    then = cfg.given
+    then, free = cfg.given, {*cfg.turned, "resume_from_checkpoint"}
+    if now.get("max_length") == AUTO:
+        free.add("max_length")
     found = [
-        f"`{key}` is {shown(now.get(key))} there and {shown(then.get(key))} here"
+        f"`{key}` is {_shown(now.get(key))} there and {_shown(then.get(key))} here"
         for key in dict.fromkeys([*now, *then])
-        if now.get(key) != then.get(key)
-        and not (key == "max_length" and now.get(key) == AUTO)
-        and key != "resume_from_checkpoint"
+        if now.get(key) != then.get(key) and key not in free
     ]
     if found:
         raise ConfigError(
@@ -308,11 +579,14 @@ def refuse_changed(
         )
 
 
+# ---- the folders and files that a config names ----
+
+
 def check_places(cfg: Config) -> None:
     """Look at the folders and files that `cfg` names.
 
     Raises:
-        PlaceError: one of them cannot serve.
+        ConfigError: one of them cannot serve.
     """
     model, data = cfg.model.model_name_or_path, cfg.script.dataset_name
     check_model(model)
@@ -321,83 +595,100 @@ def check_places(cfg: Config) -> None:
         check_run_folder(cfg.run_dir, model, data)
 
 
-def _read_file(path: str | Path) -> tuple[Path, dict]:
-    """The config file `path`, looked for here and in the project, and the mapping in it."""
-    if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
-        raise ConfigError(f"the config must be the name of a YAML file, got {shown(path)}")
-    path = next((p for p in (Path(path), ROOT / path) if os.path.isfile(p)), ROOT / path)
-    if not os.path.isfile(path):  # unlike Path.is_file, it bears with a name that is too long
-        known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
-        raise ConfigError(f"no config file at {str(path)[:200]}; configs/ has {known}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path.name} is not UTF-8 text") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    values = _read_yaml(path.name, text)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path.name} must hold `key: value` lines")
-    return path, values
+def refuse_pickles(name: str, files: list[str]) -> None:
+    """Refuse a model whose weights are pickles, which run code as they are loaded.
+
+    Raises:
+        ConfigError: none of `files` is a `.safetensors`; it names what there is.
+    """
+    if any(file.endswith(".safetensors") for file in files):
+        return
+    pickles = [f for f in files if f.endswith((".bin", ".pt", ".pth")) and "training_args" not in f]
+    what = f"its weights in {pickles[0]}, a pickle" if pickles else "no .safetensors file"
+    raise ConfigError(
+        f"{name} has {what}; this recipe reads safetensors only, convert it: "
+        "https://huggingface.co/docs/safetensors/convert-weights"
+    )
 
 
-def _built(where: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The argument objects of `PARTS` with `values` in them."""
-    if values.get("max_length") == AUTO:  # TRL's default stands until the data is read
-        values = {k: v for k, v in values.items() if k != "max_length"}
-    try:
-        return {
-            name: part(**{k: v for k, v in values.items() if k in _field_names(part)})
-            for name, part in PARTS.items()
-        }
-    except Exception as error:  # what TRL and transformers check of all that they take, they raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in reason)
-        about = "".join(f" `{key}`:" for key in _culprits(values) if key not in reason)
-        raise ConfigError(f"{where}:{about} {reason}{no_gpu}") from error
+def check_model(name: str) -> None:
+    """Refuse what cannot be a model: an address, a file, a folder without config or safetensors.
 
-
-def _culprits(values: dict[str, Any]) -> list[str]:
-    """The keys without which the arguments can be built, at most two."""
-    found = []
-    for key in values:
-        rest = {k: v for k, v in values.items() if k != key}
-        with suppress(Exception):
-            for part in PARTS.values():
-                part(**{k: v for k, v in rest.items() if k in _field_names(part)})
-            found.append(key)
-    return found[:2]
-
-
-def _length_of_run(path: Path) -> int | str | None:
-    """The `max_length` that the run with this saved config chose, or `auto` if there is none."""
-    saved = _read_yaml(path.name, path.read_text()) if path.is_file() else None
-    return saved.get("max_length", AUTO) if isinstance(saved, dict) else AUTO
-
-
-def _field_names(part: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(part)}
-
-
-def _checked(where: str, key: str, value: Any) -> Any:
-    """`value` in the type of the argument `key`, or a `ConfigError`."""
-    if key not in HINTS:
-        near = difflib.get_close_matches(str(key), HINTS, n=1, cutoff=0.0)
-        raise ConfigError(f"{where}: unknown key `{shown(key)[1:-1]}`; did you mean `{near[0]}`?")
-    if key == "hub_token":
+    A name of the hub is only looked at, not asked for.
+    """
+    folder = Path(name).expanduser()
+    if "://" in name:
         raise ConfigError(
-            f"{where}: `hub_token`: a config is saved, logged and shown, so it is no place for a "
-            "token; export HF_TOKEN instead"
+            "model_name_or_path is an address; give the hub's name alone, owner/model, or a folder"
         )
-    if isinstance(value, str) and SECRET.search(value):
+    if folder.is_file():
+        raise ConfigError(f"model_name_or_path: {name} is a file; give the folder that it is in")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model_name_or_path: {name} has no config.json: it holds no model")
+        refuse_pickles(name, sorted(path.name for path in folder.iterdir()))
+    elif name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ConfigError(
-            f"{where}: `{key}` holds a password or a token, and a config is saved, logged and "
-            "shown; export HF_TOKEN for the hub, and put an address's password into ~/.netrc"
+            f"model_name_or_path: there is no folder {name}, and the hub has no such name "
+            "(owner/model)"
         )
+
+
+def check_run_folder(folder: Path, *others: str) -> None:
+    """Refuse a run folder that cannot be written to, or that holds what is not the run's.
+
+    It is tried by a folder that is made there and removed. `others` are the model and the dataset.
+    """
+    whole = folder.absolute().resolve()
+    if whole in (ROOT, *ROOT.parents, Path.home()):
+        raise ConfigError(f"output_dir: {folder} holds more than a run; name another")
+    read = {p.resolve() for name in others if (p := local_path(name)) is not None}
+    if whole in read | {ROOT / "data"}:
+        raise ConfigError(f"output_dir: {folder} is also read from; name another folder")
     try:
-        return checked(key, HINTS[key], value, DEFAULTS.get(key))
-    except BadValue as error:
-        raise ConfigError(f"{where}: `{key}` {error}") from None
+        with tempfile.TemporaryDirectory(prefix=".try-", dir=existing(whole)):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"output_dir: {folder} cannot be written to ({reason})") from None
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder that `name` is on this machine: from the home folder (`~`), the current
+    one, or the project's; None if there is none."""
+    path = Path(os.path.expanduser(name))  # Path's own raises for the home of an unknown user
+    return next((p for p in (path, ROOT / path) if os.path.lexists(p)), None)
+
+
+def check_dataset(name: str) -> None:
+    """Refuse a file or folder of data that is not there, is empty, or cannot be read."""
+    if name.lower().startswith(("http://", "https://")):  # fetched when it is read
+        return
+    if "://" in name:
+        raise ConfigError("dataset_name: only http(s) addresses, files, folders and hub names")
+    path = local_path(name)
+    if path is None:
+        if name.startswith(("/", ".", "~")) or _is_data(name) or name.count("/") > 1:
+            raise ConfigError(f"dataset_name: there is no file or folder {name}")
+    elif path.is_file():
+        if not _is_data(path.name):
+            raise ConfigError(
+                f"dataset_name: {name} is none of {', '.join(DATA)} (save a spreadsheet's table "
+                "as CSV, unpack an archive)"
+            )
+        if path.stat().st_size == 0:
+            raise ConfigError(f"dataset_name: {name} is empty")
+    elif not any(_is_data(file.name) for file in path.rglob("*")):
+        raise ConfigError(f"dataset_name: no data ({', '.join(DATA)}) in the folder {name}")
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file is of a format that is read, packed or not."""
+    path = Path(name.lower())
+    return (Path(path.stem).suffix if path.suffix in PACKED else path.suffix) in DATA
+
+
+# ---- the command line ----
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -410,7 +701,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes key=value, got {shown(pair)}")
+            raise ConfigError(f"--set takes key=value, got {_shown(pair)}")
         is_path = key.strip() in PATHS and value and os.path.exists(os.path.expanduser(value))
         # What is there is meant by its name, though YAML would read `my #1.jsonl` as `my`.
         overrides[key.strip()] = value if is_path else _read_yaml(f"--set {key.strip()}", value)

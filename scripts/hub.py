@@ -15,12 +15,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import parse_ratelimit_headers
 
 from scripts.base import RecipeError
-from scripts.places import TOKENIZERS, refuse_pickles
+from scripts.config import refuse_pickles
 
 TRIES = 4
 WAIT = 120  # seconds that a run waits for a hub that says when to come back
 BREATH = 1.0  # seconds before the second try; twice as long before each one after it
-SMALL = ["*.json", "*.jinja", "*.txt", *TOKENIZERS]
+SMALL = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model"]
 Answer = TypeVar("Answer")
 
 

@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -106,8 +105,7 @@ def build_trainer(
     if remark and cfg.is_main_process:
         print(remark)
     kept = settings(cfg)  # before TRL completes the arguments in place
-    shared = {"prefix_attention": cfg.recipe.prefix_attention}
-    make = partial(SharedKeeper, **shared) if cfg.recipe.prefix_sharing else Keeper
+    make = SharedKeeper if cfg.recipe.prefix_sharing else Keeper
     trainer = make(
         model=model,
         ref_model=load_model(cfg, model.config.name_or_path) if second else None,
@@ -118,7 +116,7 @@ def build_trainer(
         peft_config=get_peft_config(cfg.model),
     )
     setattr(model, HAS_TRAINER, True)
-    trainer.settings, trainer.loader_timeout = kept, cfg.recipe.loader_timeout
+    trainer.settings = kept
     keep_adapter_in_float32(trainer.model)
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 from peft import LoraConfig
-from trl import get_peft_config, get_quantization_config
+from trl import DPOConfig, get_peft_config, get_quantization_config
 
 from scripts.base import ROOT
 from scripts.config import HINTS, ConfigError, load_config, parse_overrides, refuse_changed
@@ -71,7 +71,7 @@ def test_on_40_gb_the_short_run_has_the_same_steps():
 
 
 def test_unknown_key_names_the_nearest(tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown key `learning_rat`.*`learning_rate`"):
+    with pytest.raises(ConfigError, match=r"key `learning_rat` \(did you mean `learning_rate`"):
         load_config(DEFAULT, {"learning_rat": 1e-4})
     path = tmp_path / "mine.yaml"
     path.write_text("lora_rank: 8\n")
@@ -98,22 +98,23 @@ def test_ill_typed_values_are_refused(key, value):
 @pytest.mark.parametrize(
     ("key", "value", "limit"),
     [
-        ("train_samples", -3, "greater than or equal to 1"),
-        ("eval_samples", 0, "greater than or equal to 1"),
-        ("eval_prompts", 0, "greater than or equal to 1"),
-        ("max_new_tokens", 0, "greater than or equal to 1"),
-        ("generation_batch_size", -1, "greater than or equal to 1"),
+        ("train_samples", -3, "at least 1"),
+        ("eval_prompts", 0, "at least 1"),
+        ("max_new_tokens", 0, "at least 1"),
         ("test_split_size", 1.0, "below 1"),
         ("test_split_size", 0, "above 0"),
         ("test_split_size", float("nan"), "below 1"),
         ("merge_dtype", "int7", "one of float16, bfloat16, float32"),
-        ("dataset_format", "orka", "nearest good value is orca"),
-        ("wandb_project", "", "empty"),
-        ("lora_r", 0, "greater than or equal to 1"),
+        ("dataset_format", "orka", "one of auto, explicit"),
+        ("loss_type", ["sigmoyd"], "one of sigmoid, hinge"),
+        ("wandb_project", "", "not empty"),
+        ("lora_r", 0, "at least 1"),
+        ("lora_dropout", -0.5, "at least 0"),
         ("max_length", -5, "at least 2"),
-        ("per_device_train_batch_size", 0, "greater than or equal to 1"),
-        ("gradient_accumulation_steps", 0, "greater than or equal to 1"),
-        ("num_train_epochs", -1, "greater than 0"),
+        ("gradient_accumulation_steps", 0, "at least 1"),
+        ("num_train_epochs", -1, "above 0"),
+        ("learning_rate", 20, "at most 1"),
+        ("seed", -1, "at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_range(key, value, limit):
@@ -133,10 +134,10 @@ def test_the_formats_of_the_config_are_those_that_are_read():
 def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("beta: 0.1\nlora_r: 8\n\nbeta: 0.5\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml: `beta` stands twice, in lines 1 and 4"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml: `beta` is set twice \(lines 1 and 4\)"):
         load_config(path)
     path.write_text("dataset_columns:\n  a: chosen\n  a: rejected\n")
-    with pytest.raises(ConfigError, match=r"`a` stands twice, in lines 2 and 3"):
+    with pytest.raises(ConfigError, match=r"`a` is set twice \(lines 2 and 3\)"):
         load_config(path)
 
 
@@ -207,13 +208,40 @@ def test_one_module_is_a_module_and_not_a_pattern():
     assert whole.model.lora_target_modules == "all-linear"
 
 
-@pytest.mark.parametrize(
-    "values", [{"ld_alpha": 1.5}, {"lora_dropout": -0.5}, {"label_smoothing": 0.9}, {"seed": -1}]
-)
-def test_senseless_values_of_trls_own_arguments_are_refused(values):
-    (name,) = values
-    with pytest.raises(ConfigError, match=f"override: `{name}` must be"):
-        load_config(DEFAULT, values)
+def test_every_unknown_key_is_named_at_once_and_foreign_ones_with_ours():
+    foreign = {"rpo_alpha": 1.0, "torch_dtype": "bfloat16", "betta": 0.2, "zzz": 1}
+    with pytest.raises(ConfigError) as told:
+        load_config(DEFAULT, foreign)
+    assert str(told.value) == (
+        "override: unknown keys `rpo_alpha` (instead: loss_type: [sigmoid, sft] with loss_weights: "
+        "[1.0, rpo_alpha]); `torch_dtype` (instead: dtype); `betta` (did you mean `beta`?); `zzz`"
+    )
+
+
+def test_a_run_folder_of_an_earlier_version_is_read(tmp_path, capsys):
+    old = load_config(DEFAULT, {"output_dir": str(tmp_path)})
+    old.save(tmp_path / "config.yaml")
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write("loader_timeout: 600\n")
+    with pytest.raises(ConfigError, match=r"`loader_timeout` .instead: leave it out"):
+        load_config(tmp_path / "config.yaml")
+    (tmp_path / "environment.json").write_text("{}")  # it is a run's own
+    again = load_config(tmp_path / "config.yaml")
+    assert (again.recipe, again.dpo.to_dict()) == (old.recipe, old.dpo.to_dict())
+    assert "`loader_timeout` is no longer a setting" in capsys.readouterr().out
+
+
+def test_what_a_cell_turns_is_in_the_saved_config_and_is_no_change_of_the_first_cell(tmp_path):
+    asked = {"output_dir": str(tmp_path), "max_length": "auto"}
+    cfg = load_config(DEFAULT, asked)
+    cfg.save(tmp_path / "config.yaml")
+    cfg.settle_max_length(64)
+    same = DPOConfig(**cfg.arguments(DPOConfig))
+    assert same.to_dict() == cfg.dpo.to_dict()
+    cfg.use(DPOConfig(**cfg.arguments(DPOConfig) | {"beta": 0.3}))
+    assert (cfg.dpo.beta, cfg.given["beta"], cfg.dpo.max_length) == (0.3, 0.3, 64)
+    refuse_changed(cfg, DEFAULT, asked, None)
+    assert load_config(tmp_path / "config.yaml").dpo.to_dict() == cfg.dpo.to_dict()
 
 
 @pytest.mark.parametrize("text", [b"beta: \xff", b"beta: \x01", b"? [a, b]\n: 1\n"])

@@ -76,7 +76,7 @@ def own_cache(tmp_path, monkeypatch):
 def both(tiny_trainer):
     """TRL's trainer and ours, over the same weights, with an adapter that is not zero."""
 
-    def make(words: int = 1000, **overrides) -> tuple[DPOTrainer, DPOTrainer]:
+    def make(words: int = 1000, attention: str = "", **overrides) -> tuple[DPOTrainer, ...]:
         trainers = [tiny_trainer(prefix_sharing=shared, **overrides) for shared in (False, True)]
         for trainer in trainers:
             stir(trainer)
@@ -84,6 +84,12 @@ def both(tiny_trainer):
             head.weight = torch.nn.Parameter(head.weight[:words].detach(), requires_grad=False)
             trainer.current_gradient_accumulation_steps = 1
         assert [isinstance(t, PrefixSharedDPOTrainer) for t in trainers] == [False, True]
+        if attention:  # as PrefixSharedDPOTrainer(prefix_attention=...) has it from the start
+            ours = trainers[1]
+            ours._unshare()
+            ours.prefix_attention, ours._undo = attention, None
+            ours._share_if_equal()
+            assert ours.refusal is None
         return tuple(trainers)
 
     return make
@@ -223,9 +229,7 @@ def test_every_setting_is_trls(both, setting):
 
 @pytest.mark.parametrize("attention", ["mask", "segments"])
 def test_either_attention_is_trls(both, attention):
-    assert_equal(
-        *(scored(trainer, tokens(SIZES[:6])) for trainer in both(prefix_attention=attention))
-    )
+    assert_equal(*(scored(trainer, tokens(SIZES[:6])) for trainer in both(attention=attention)))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
@@ -747,5 +751,7 @@ def test_checkpointing_stays_as_it_is_set_up(tiny_trainer, every, sharing):
 @pytest.mark.parametrize("attention", ["segments", "mask", "flex"])
 def test_on_a_gpu_every_attention_is_trls(both, attention):
     rows = tokens(SIZES[:6])
-    setting = {"use_cpu": False, "bf16": False, "dtype": "float32", "prefix_attention": attention}
-    assert_equal(*(scored(trainer, rows) for trainer in both(**setting)), relative=1e-3)
+    setting = {"use_cpu": False, "bf16": False, "dtype": "float32"}
+    assert_equal(
+        *(scored(trainer, rows) for trainer in both(attention=attention, **setting)), relative=1e-3
+    )

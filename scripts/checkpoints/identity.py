@@ -14,8 +14,7 @@ from datasets import Dataset, IterableDataset
 
 from scripts.base import RecipeError
 from scripts.checkpoints.store import manifest
-from scripts.config import Config
-from scripts.values import is_harmless
+from scripts.config import Config, is_harmless
 
 # What these name is compared itself, by a digest: they may have moved.
 DATA_KEYS = {

@@ -13,10 +13,10 @@ from trl import ScriptArguments
 
 from scripts.base import RecipeError
 from scripts.config import Config, ConfigError
+from scripts.config import local_path as local_path  # which readers of data take from here
 from scripts.hub import patiently
 from scripts.pairs.download import download, is_url
 from scripts.pairs.files import READ, SHEETS, DataError, Row, kind_of, read_file
-from scripts.places import local_path as local_path  # which readers of data take from here
 
 # A file of a folder belongs to the split that its name has a word of, as on the hub.
 SPLIT_WORDS = {

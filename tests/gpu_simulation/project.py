@@ -39,8 +39,6 @@ def config(name: str, overrides: dict) -> Config:
 
 def unsimulated(cfg: Config) -> str | None:
     """What of a config cannot be shown on tensors without data, and what to take instead."""
-    if cfg.recipe.prefix_sharing and cfg.recipe.prefix_attention == "flex":
-        return "torch compiles flex attention's kernel, and compiles none here; set segments"
     if cfg.dpo.precompute_ref_log_probs:
         return "precompute_ref_log_probs scores the reference before training; set it to false"
     return None
