@@ -18,10 +18,10 @@ from huggingface_hub.utils import disable_progress_bars
 
 from scripts import hub as client
 from scripts.base import RecipeError
+from scripts.config import ConfigError
 from scripts.hub import HubError, dataset_commit, fetch
 from scripts.login import WHEELS, hub_login, hub_state
 from scripts.model import resolve_model
-from scripts.places import PlaceError
 from tests.survival.bad_input_faults import model_folder
 from tests.survival.hub import COMMIT, Fault, Hub, model_files, serving
 
@@ -171,7 +171,7 @@ def _pickle(*names: str) -> None:
     have = {k: v for k, v in files().items() if k != WEIGHTS} | dict.fromkeys(names, b"\x80\x02")
     hub = Hub(have)
     with at(hub):
-        refused(lambda: fetch(NAME), names[0], "safetensors only", kind=PlaceError)
+        refused(lambda: fetch(NAME), names[0], "safetensors only", kind=ConfigError)
     assert not [p for _, p in hub.asked if p.endswith(names)], "the pickle was fetched"
 
 
