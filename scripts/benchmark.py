@@ -11,10 +11,10 @@ writes `benchmark.json` and `benchmark.png`. On a GPU the same command measures 
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("benchmark")  # before the libraries load, so that --help is answered at once
+    start("benchmark")
 
 import argparse
 import json
@@ -363,7 +363,3 @@ def save(results: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results["table"] = table(results["cases"]).to_dict("index")
     (folder / "benchmark.json").write_text(json.dumps(results, indent=1))
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

@@ -10,10 +10,10 @@ run folder, which `scripts.data` reads and a run can train on.
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("chat")  # before the libraries load, so that --help is answered at once
+    start("chat")
 
 import argparse
 import json
@@ -346,7 +346,3 @@ def main(args: argparse.Namespace) -> None:
     if chat.path.is_file():
         print(f"\n{chat.path}: python -m scripts.data check --config {args.config} "
               f"--set dataset_name={chat.path}", file=sys.stderr)  # fmt: skip
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

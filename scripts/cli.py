@@ -2,60 +2,108 @@
 
     python -m scripts            # lists the commands
 
-A command's file asks for its options before it imports torch and the rest, so `--help` and a
-mistyped option are answered at once.
+A command's file calls `start` before it imports torch and the rest, so `--help` and a mistyped
+option are answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import select
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from scripts.base import CTRL_C, DEFAULT_CONFIG, STOPPED, RecipeError, disk_is_full
+from scripts.base import CTRL_C, DEFAULT_CONFIG, ROOT, STOPPED, RecipeError, disk_is_full, one_line
 
-# What `python -m scripts` lists; every entry but the last also has its options here.
-COMMANDS = {
-    "run": "execute the notebook headless and print what came of it",
-    "preflight": "check in seconds what would otherwise fail after a long download",
-    "plan": "memory, fit, time and cost of a run, from its config alone",
-    "model": "say where the model comes from; for the default, fetch and convert it once",
-    "data": "look at preference pairs, check them, or build your own",
-    "training": "train the adapter and save it",
-    "evaluate": "measure a finished run's tuned model against its base model",
-    "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
-    "serve": "ask a server of the tuned model the held-out questions, and compare its replies",
-    "chat": "ask a finished run's base and tuned model side by side, and keep what you prefer",
-    "doctor": "say in words what happened in a finished run, with the evidence and what to try",
-    "compare": "show two runs side by side: settings, figures with intervals, curves",
-    "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
-    "benchmark": "time and memory of a DPO step against TRL's own trainer",
-    "launchable": "check the Brev launchable, and print the clicks that make it",
+COMMANDS: dict[str, str] = {}  # what `python -m scripts` lists: name and purpose
+OPTIONS: dict[str, Callable[[Callable], None]] = {}  # of each command, and of its actions
+
+# Commands and actions of earlier versions, and what does their work now.
+GONE = {
+    "repeat": "train with `--config outputs/RUN/config.yaml --output-dir outputs/RUN-again`, then "
+    "python -m scripts.compare outputs/RUN outputs/RUN-again",
+    "acceptance": "use python -m tests.gpu",
+    "selfcheck": "use bash scripts/setup.sh, which checks what it installed, or "
+    "python -m scripts.preflight",
+    "site": "read README.md and docs/",
+    "plan validate": "use python -m scripts.benchmark, which measures a step",
+    "launchable create": "python -m scripts.launchable prints the clicks",
+    "launchable render": "brev-launchable.yaml is a plain Docker Compose file",
 }
 
-
+ERRORS = Path("outputs/errors")  # tracebacks of errors that we did not foresee
 UNREAD = 141  # 128 + SIGPIPE
+AGAIN = "the same command starts again or continues"
 
 
-def terminated(signum, frame) -> None:
+def start(name: str) -> None:
+    """Run the command `name` with the options of the command line, and exit."""
+
+    def parse_and_run() -> None:
+        args = parse(name)
+        importlib.import_module(f"scripts.{name}").main(args)
+
+    command(parse_and_run)
+    sys.exit()
+
+
+def command(main: Callable[..., None], *arguments) -> None:
+    """Run `main` as a program: whatever ends it early is one line and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        main(*arguments)
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if not _is_unread():  # another pipe broke
+            _unforeseen(error)
+        _unread(error)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        _interrupted(error)
+    except Exception as error:
+        if disk_is_full(error):
+            sys.exit(f"error: no room to write a file: {error}; make room and run it again")
+        _unforeseen(error)
+
+
+def _terminated(signum, frame) -> None:
     """What a command does on SIGTERM while it does not train."""
-    print("error: stopped by SIGTERM; the same command begins again or goes on", file=sys.stderr)
+    print(f"error: stopped by SIGTERM; {AGAIN}", file=sys.stderr)
     sys.exit(STOPPED)
 
 
-def _unread(error: BrokenPipeError) -> None:
-    """End a command whose output nobody reads any more, as after `| head`."""
+def _interrupted(error: KeyboardInterrupt) -> None:
+    """End after Ctrl-C. A training that says what it kept has put its work away: it ends at once,
+    without the seconds that torch takes to tidy up."""
+    print(error if error.args else f"\nstopped by Ctrl-C; {AGAIN}", file=sys.stderr, flush=True)
+    if error.args:
+        sys.stdout.flush()
+        os._exit(CTRL_C)
+    sys.exit(CTRL_C)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads our output any more, as after `| head`."""
     poll = select.poll()
     for stream in (1, 2):
         poll.register(stream, 0)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        raise error  # another pipe broke
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _unread(error: BrokenPipeError) -> None:
+    """End a command whose output nobody reads."""
     kept = " ".join(getattr(error, "__notes__", []))  # of a training that it broke off
     line = f"error: what reads this command's output has gone (broken pipe). {kept}"
     with suppress(OSError):
@@ -65,234 +113,205 @@ def _unread(error: BrokenPipeError) -> None:
     sys.exit(UNREAD)
 
 
-def command(main: Callable[..., None], *arguments) -> None:
-    """Run `main` as a program. A `RecipeError`, Ctrl-C, SIGTERM, a full disk and a closed pipe end
-    it with one line and an exit code."""
-    signal.signal(signal.SIGTERM, terminated)
+def _unforeseen(error: Exception) -> None:
+    """End after an error that we have no line for: say where, and keep the traceback in a file."""
+    name = Path(sys.argv[0]).stem
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(ROOT / "scripts") and frame.filename != __file__
+    ]
+    where = f" in {ours[-1].name} ({Path(ours[-1].filename).relative_to(ROOT)})" if ours else ""
+    file = ERRORS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}.txt"
+    text = "".join(traceback.format_exception(error))
     try:
-        main(*arguments)
-        if sys.stdout is not None:  # closed by whoever started us
-            sys.stdout.flush()
-    except BrokenPipeError as error:
-        _unread(error)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        _stopped(KeyboardInterrupt, error, None)
-        sys.exit(CTRL_C)
-    except Exception as error:
-        if not disk_is_full(error):
-            raise
-        sys.exit(
-            f"error: a file could not be written, no room: {error}; make room and run it again"
-        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as opened:  # one file for all processes of a run
+            opened.write(text)
+        kept = f"the traceback is in {file}"
+    except OSError:
+        kept = f"the traceback could not be written to {file}"
+    kind = type(error).__name__
+    sys.exit(f"error: {name} failed{where}: {kind}: {one_line(error)}; {kept}")
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number of at least `least`."""
-
-    def read(text: str) -> int:
-        if not text.strip().lstrip("+-").isdecimal() or len(text) > 18 or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {least}, got {text!r}"
-            )
-        return int(text)
-
-    return read
-
-
-def json_object(text: str) -> dict:
-    """The type of an option that takes a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
-    return value
-
-
-def number(least: float, most: float = 1e9, *, above: bool = False) -> Callable[[str], float]:
-    """The type of an option that takes a number from `least`, or only `above` it, to `most`."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= most or (above and value == least):
-            raise argparse.ArgumentTypeError(
-                f"must be a number {'above' if above else 'from'} {least:g} "
-                f"{'and at most' if above else 'to'} {most:g}, got {text!r}"
-            )
-        return value
-
-    return read
-
-
-def _stopped(kind: type[BaseException], error: BaseException, trace) -> None:
-    """Ctrl-C ends a command with one line, also while its libraries load. One that says what it
-    kept has put its work away: it ends at once, without seconds of tidying up after torch."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    line = "stopped by Ctrl-C; the same command begins again or goes on"
-    print(error if error.args else f"\n{line}", file=sys.stderr, flush=True)
-    if error.args:
-        sys.stdout.flush()
-        os._exit(CTRL_C)
-
-
-def argument_parser(name: str, **more) -> argparse.ArgumentParser:
-    """A parser with the options that every command over a config shares."""
-    purpose = COMMANDS[name.split()[0]]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m scripts.{name}",
-        description=f"{purpose[0].upper()}{purpose[1:]}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        **more,
-    )
-    if name in WITHOUT_CONFIG:
-        return parser
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="the run's YAML file")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--output-dir", help="the run folder (default: the config's)")
-    return parser
-
-
-WITHOUT_CONFIG = ("doctor", "compare")  # which are not about a run to be made
+def refuse_gone(words: list[str]) -> None:
+    """Exit with one line if a command or action of an earlier version is asked for."""
+    name = " ".join(words[:2]) if " ".join(words[:2]) in GONE else "".join(words[:1])
+    if name in GONE:
+        print(f"error: `{name}` is gone: {GONE[name]}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command `name`, from `arguments` or the command line.
 
-    `data` and `export` have actions of their own, a first word with options of its own; the
-    namespace names it as `action`.
+    `data` and `export` have actions, a first word with options of its own; the namespace names it
+    as `action`.
     """
-    if arguments is None:
-        sys.excepthook = _stopped
-        signal.signal(signal.SIGTERM, terminated)  # while the libraries load, too
     words = sys.argv[1:] if arguments is None else list(arguments)
-    default, actions = ACTIONS.get(name, ("", ()))
-    action = default
-    if words and words[0] in actions:
-        action, *words = words
-    full_name = f"{name} {action}" if action != default else name
-    parser = argument_parser(full_name)
-    if actions and action == default:
-        parser.usage = f"python -m scripts.{name} [{' | '.join(actions)}] [options]"
-    if add := OPTIONS.get(full_name):
-        add(parser)
+    refuse_gone([name, *words])
+    actions = [other.split()[1] for other in OPTIONS if other.startswith(f"{name} ")]
+    action = words.pop(0) if words and words[0] in actions else ""
+    full_name = f"{name} {action}".strip()
+    purpose = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m scripts.{full_name}",
+        usage=f"%(prog)s [{' | '.join(actions)}] [options]" if actions and not action else None,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    OPTIONS[full_name](parser.add_argument)
     options = parser.parse_args(words)
-    options.action = action
+    options.action = action or {"data": "look", "export": "merge"}.get(name, "")
     return options
 
 
-# The action that goes without saying, and all there are.
-ACTIONS = {
-    "data": ("look", ("look", "check", "build")),
-    "export": ("merge", ("merge", "prove", "gguf", "serve-files", "push")),
-    "serve": ("check", ("check",)),
-}
+def number(kind: type, least: float, most: float = 1e9, *, above: bool = False) -> Callable:
+    """The type of an option that takes an int or float from `least`, or only above it, to `most`.
+
+    Example:
+        >>> number(int, 1)("3")
+        3
+    """
+
+    def read(text: str) -> Any:
+        with suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most and not (above and value == least):
+                return value
+        what = "a whole number" if kind is int else "a number"
+        start = f"above {least:g}" if above else f"from {least:g}"
+        raise argparse.ArgumentTypeError(f"must be {what} {start} to {most:g}, got {text!r}")
+
+    return read
 
 
-def _run(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--resume", action="store_true", help="go on from the newest whole checkpoint, or refuse")
+COUNT = number(int, 1)
+
+
+def json_object(text: str) -> dict:
+    """The type of an option that takes a JSON object."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+
+
+def offers(name: str, purpose: str = "") -> Callable:
+    """Offer the command `name`, or one of its actions, with the options that a function adds."""
+
+    def remember(options: Callable[[Callable], None]) -> Callable[[Callable], None]:
+        OPTIONS[name] = options
+        if purpose:
+            COMMANDS[name] = purpose
+        return options
+
+    return remember
+
+
+# The commands. `add` is a parser's `add_argument`.
+
+
+@offers("data check")
+@offers("data look")
+@offers("data", "look at preference pairs, check them, or build your own")
+@offers("model", "say where the model comes from; for the default, fetch and convert it once")
+@offers("preflight", "check in seconds what would otherwise fail after a long download")
+def _config(add: Callable) -> None:
+    add("--config", default=DEFAULT_CONFIG, help="the run's YAML file")
+    add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+        help="replace a value of the config; may be repeated")  # fmt: skip
+    add("--output-dir", help="the run folder (default: the config's)")
+
+
+@offers("training", "train the adapter and save it")
+@offers("run", "execute the notebook headless and print what came of it")
+def _run(add: Callable) -> None:
+    _config(add)
+    add("--resume", action="store_true", help="continue from the newest whole checkpoint, or fail")
     add("--overwrite", action="store_true",
-        help="begin anew; what an earlier run left in the run folder is set aside")  # fmt: skip
+        help="start over; what an earlier run left in the run folder is set aside")  # fmt: skip
 
 
-def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=whole(1), help="training pairs (default: train_samples)")
-    parser.add_argument("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time")
+@offers("plan", "memory, fit, time and cost of a run, from its config alone")
+def _plan(add: Callable) -> None:
+    _config(add)
+    add("--pairs", type=COUNT, help="training pairs (default: train_samples)")
+    add("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time")
 
 
-def _judge_of_its_own(add: Callable) -> None:
-    """Where a judge that is a model is found."""
+def _judge(add: Callable, choices: list[str], help: str) -> None:
+    """Who compares replies, and where a judge that is a model is found."""
+    add("--judge", choices=choices, default=choices[0], help=help)
     add("--judge-model", help="the reward model, or the endpoint's model")
     add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
 
 
-def _build(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+@offers("data build")
+def _build(add: Callable) -> None:
+    _config(add)
     add("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
     add("--out", type=Path, default=Path("outputs/pairs"), help="folder to fill")
     add("--samples", default="plain=4,brief=2,accurate=2", help="answers by style")
-    add("--max-new-tokens", type=whole(1), default=192, help="cap on an answer")
-    add("--temperature", type=number(0, 10), default=0.7, help="0 is greedy, 1 the model's own")
-    add("--top-p", type=number(0, 1, above=True), default=0.9,
+    add("--max-new-tokens", type=COUNT, default=192, help="cap on an answer")
+    add("--temperature", type=number(float, 0, 10), default=0.7,
+        help="0 is greedy, 1 the model's own")  # fmt: skip
+    add("--top-p", type=number(float, 0, 1, above=True), default=0.9,
         help="sample from the likeliest tokens of this share")  # fmt: skip
-    add("--batch-size", type=whole(1), default=64, help="answers sampled at a time")
-    add("--seed", type=whole(0), default=0, help="of the sampling")
+    add("--batch-size", type=COUNT, default=64, help="answers sampled at a time")
+    add("--seed", type=number(int, 0), default=0, help="of the sampling")
     add("--backend", choices=["auto", "transformers", "vllm"], default="auto",
         help="auto: vLLM where it is installed and there is a GPU")  # fmt: skip
-    add(
-        "--judge",
-        choices=["rule", "checker", "reward", "endpoint"],
-        default="rule",
-        help="who pairs them",
-    )
+    _judge(add, ["rule", "checker", "reward", "endpoint"], "who pairs them")
     add("--level", help="of passages: only those of this level")
-    _judge_of_its_own(add)
-    add("--pairs-per-prompt", type=whole(1), default=1, help="endpoint: at most so many")
-    add("--least-gap", type=number(-1e9), default=0.0, help="reward: nearer is a tie")
+    add("--pairs-per-prompt", type=COUNT, default=1, help="endpoint: at most so many")
+    add("--least-gap", type=number(float, -1e9), default=0.0, help="reward: nearer is a tie")
 
 
-def _evaluate(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--judge", choices=["checker", "reward", "endpoint"], default="checker",
-        help="who compares the replies of base and tuned")  # fmt: skip
-    _judge_of_its_own(add)
-    parser.set_defaults(least_gap=0.0, pairs_per_prompt=1)
+@offers("evaluate", "measure a finished run's tuned model against its base model")
+def _evaluate(add: Callable) -> None:
+    _config(add)
+    _judge(add, ["checker", "reward", "endpoint"], "who compares the replies of base and tuned")
+    add("--least-gap", default=0.0, help=argparse.SUPPRESS)  # what a judge of pairs wants to know
+    add("--pairs-per-prompt", default=1, help=argparse.SUPPRESS)
 
 
-def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows", type=whole(1), default=8, help="held-out answers to score")
+@offers("export merge")
+@offers("export", "merge a finished run's adapter into 16-bit weights, and prove the merge")
+def _export(add: Callable) -> None:
+    _config(add)
+    add("--rows", type=COUNT, default=8, help="held-out answers to score")
 
 
-def _questions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--questions", type=whole(0),
+def _questions(add: Callable) -> None:
+    add("--questions", type=number(int, 0),
         help="so many of the evaluation's prompts (default: all)")  # fmt: skip
 
 
-def _prove(parser: argparse.ArgumentParser) -> None:
-    _export(parser)
-    _questions(parser)
+@offers("export prove")
+def _prove(add: Callable) -> None:
+    _export(add)
+    _questions(add)
 
 
-def _gguf(parser: argparse.ArgumentParser) -> None:
-    _prove(parser)
-    parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"],
-        choices=["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"],
-        help="files to write")  # fmt: skip
+@offers("export gguf")
+def _gguf(add: Callable) -> None:
+    _prove(add)
+    add("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"], help="files to write",
+        choices=["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])  # fmt: skip
 
 
-def _serve_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--name", help="what the servers call the model (default: the run's name)")
-    parser.add_argument("--system", help="system prompt (default: the chat template's own)")
+@offers("export serve-files")
+def _serve_files(add: Callable) -> None:
+    _config(add)
+    add("--name", help="what the servers call the model (default: the run's name)")
+    add("--system", help="system prompt (default: the chat template's own)")
 
 
-def _serve(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--url", required=True, help="the server, e.g. http://localhost:8000/v1")
-    add("--model", help="the model's name there (default: the only one that it lists)")
-    add("--workers", type=whole(1), default=4, help="questions asked at a time")
-    add("--timeout", type=number(0, 1e5, above=True), default=120.0, help="seconds for a reply")
-    add("--body", type=json_object, default={}, metavar="JSON",
-        help='more of each request, e.g. \'{"repeat_penalty": 1}\', where a server penalizes '
-             "repetition unasked")  # fmt: skip
-    add("--least-same", type=number(0, 1), default=0.0,
-        help="fail if a smaller share of the replies is the run's own")  # fmt: skip
-    _questions(parser)
-
-
-def _push(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+@offers("export push")
+def _push(add: Callable) -> None:
+    _config(add)
     add("--what", choices=["adapter", "merged"],
         help="what to send (default: the adapter, where there is one)")  # fmt: skip
     add("--repo", metavar="[OWNER/]NAME", help="the repository (default: from base and data)")
@@ -304,17 +323,36 @@ def _push(parser: argparse.ArgumentParser) -> None:
     add("--licence-file", type=Path, help="its text, where the licence wants a copy sent along")
 
 
-def _chat(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+@offers("serve check")
+@offers("serve", "ask a server of the tuned model the held-out questions, and compare its replies")
+def _serve(add: Callable) -> None:
+    _config(add)
+    add("--url", required=True, help="the server, e.g. http://localhost:8000/v1")
+    add("--model", help="the model's name there (default: the only one that it lists)")
+    add("--workers", type=COUNT, default=4, help="questions asked at a time")
+    add("--timeout", type=number(float, 0, 1e5, above=True), default=120.0,
+        help="seconds for a reply")  # fmt: skip
+    add("--body", type=json_object, default={}, metavar="JSON",
+        help='more of each request, e.g. \'{"repeat_penalty": 1}\', where a server penalizes '
+             "repetition unasked")  # fmt: skip
+    add("--least-same", type=number(float, 0, 1), default=0.0,
+        help="fail if a smaller share of the replies is the run's own")  # fmt: skip
+    _questions(add)
+
+
+@offers("chat", "ask a finished run's base and tuned model side by side, and keep what you prefer")
+def _chat(add: Callable) -> None:
+    _config(add)
     add("--web", action="store_true", help="in a browser on this machine (needs gradio)")
-    add("--port", type=whole(1), help="with --web: the port (default: a free one)")
+    add("--port", type=COUNT, help="with --web: the port (default: a free one)")
     add("--system", help="a system prompt to begin with")
 
 
-def _benchmark(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+@offers("benchmark", "time and memory of a DPO step against TRL's own trainer")
+def _benchmark(add: Callable) -> None:
+    _config(add)
     add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
-    add("--repeats", type=whole(1), default=3, help="processes a case and way to train")
+    add("--repeats", type=COUNT, default=3, help="processes a case and way to train")
     add("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"],
         help="how the weights are held")  # fmt: skip
     add("--profile", metavar="CASE", help="only profile prefix sharing on CASE")
@@ -322,44 +360,31 @@ def _benchmark(parser: argparse.ArgumentParser) -> None:
     add("--child", help=argparse.SUPPRESS)  # one measurement, in a process of its own
 
 
-def _doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="outputs/<run name>")
+@offers("doctor", "say in words what happened in a finished run, with the evidence and what to try")
+def _doctor(add: Callable) -> None:
+    add("folder", type=Path, metavar="RUN_FOLDER", help="outputs/<run name>")
 
 
-def _compare(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+@offers("compare", "show two runs side by side: settings, figures with intervals, curves")
+def _compare(add: Callable) -> None:
     add("run_a", type=Path, metavar="RUN_A", help="outputs/<run name>")
     add("run_b", type=Path, metavar="RUN_B", help="the other run's folder")
     add("--figure", type=Path, help="write the curves of both as a PNG")
 
 
-def _lessons(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+@offers("lessons", "train short runs that go wrong, and their cures, for the notebook to draw")
+def _lessons(add: Callable) -> None:
+    _config(add)
     add("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write")
-    add("--arms", nargs="*", help="only these: alone, sft, sft_fifth, "
-        "lopsided, norm")  # fmt: skip
-    add("--pairs", type=int, default=32, help="pairs to train on")
-    add("--held-out", type=int, default=40, help="held-out pairs to score")
-    add("--epochs", type=int, default=2, help="passes over the pairs")
-    add("--prompts", type=int, default=16, help="held-out prompts to reply to")
-    add("--max-new-tokens", type=int, default=64, help="cap on a reply")
+    add("--arms", nargs="*", help="only these: alone, sft, sft_fifth, lopsided, norm")
+    add("--pairs", type=COUNT, default=32, help="pairs to train on")
+    add("--held-out", type=COUNT, default=40, help="held-out pairs to score")
+    add("--epochs", type=COUNT, default=2, help="passes over the pairs")
+    add("--prompts", type=COUNT, default=16, help="held-out prompts to reply to")
+    add("--max-new-tokens", type=COUNT, default=64, help="cap on a reply")
 
 
-OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "run": _run,
-    "training": _run,
-    "plan": _plan,
-    "data build": _build,
-    "evaluate": _evaluate,
-    "export": _export,
-    "export prove": _prove,
-    "export gguf": _gguf,
-    "export serve-files": _serve_files,
-    "serve": _serve,
-    "export push": _push,
-    "chat": _chat,
-    "doctor": _doctor,
-    "compare": _compare,
-    "lessons": _lessons,
-    "benchmark": _benchmark,
-}
+@offers("launchable", "check the Brev launchable, and print the clicks that make it")
+def _launchable(add: Callable) -> None:
+    add("--file", type=Path, default=ROOT / "brev-launchable.yaml", help="the Compose file")
+    add("--repository", help="public git address (default: the file's)")

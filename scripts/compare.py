@@ -9,10 +9,10 @@ gives the same. Reads `config.yaml`, `metrics.jsonl`, `evaluation.json`, `replie
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("compare")  # before the libraries load, so that --help is answered at once
+    start("compare")
 
 import argparse
 import json
@@ -199,7 +199,3 @@ def main(args: argparse.Namespace) -> None:
     if args.figure:
         save(found.plot(), args.figure)
         print(f"\ncurves: {args.figure}")
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

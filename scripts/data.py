@@ -7,10 +7,10 @@ python -m scripts.data build --prompts data/prompts.jsonl --config … # on-poli
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("data")  # before the libraries load, so that --help is answered at once
+    start("data")
 
 import argparse
 import json
@@ -206,7 +206,3 @@ def main(args: argparse.Namespace) -> None:
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     (check if args.action == "check" else look)(cfg, tokenizer)
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

@@ -8,10 +8,10 @@ Rewards are in nats, as in the log: beta times a log-ratio (DPO paper, arXiv 230
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("doctor")
+    start("doctor")
 
 import argparse
 import json
@@ -342,7 +342,3 @@ def report(folder: Path) -> Iterator[str]:
 
 def main(args: argparse.Namespace) -> None:
     print("\n\n".join(report(args.folder)))
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

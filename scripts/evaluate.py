@@ -7,10 +7,10 @@ repeats the evaluation of a finished run, from the adapter (or whole model) that
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("evaluate")  # before the libraries load, so that --help is answered at once
+    start("evaluate")
 
 import argparse
 import json
@@ -400,7 +400,3 @@ def main(args: argparse.Namespace) -> None:
         print(evaluation_table(figures).to_string())
         if "win_rate" in figures:
             print(f"\njudge: {figures['win_rate']['judge']}\n{win_rates(figures).to_string()}")
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

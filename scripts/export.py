@@ -13,10 +13,10 @@ merged model to the hub.
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("export")  # before the libraries load, so that --help is answered at once
+    start("export")
 
 import argparse
 import shutil
@@ -313,7 +313,3 @@ def main(args: argparse.Namespace) -> None:
     frame.to_json(cfg.run_dir / f"{args.action}.json", orient="records", indent=2)
     print(f"training moved a token of {len(rows)} held-out answers by {effect:.4f} nats on average")
     print(proof_table(frame).to_string())
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

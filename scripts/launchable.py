@@ -8,6 +8,11 @@ This command creates nothing, and needs neither Docker nor a Brev account.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
+
+    start("launchable")
+
 import argparse
 import re
 import shutil
@@ -18,7 +23,6 @@ from typing import Any
 import yaml
 
 from scripts.base import ROOT, InputError, RecipeError
-from scripts.cli import command
 
 FILE = ROOT / "brev-launchable.yaml"
 COMPOSE_KEYS = {"name", "services", "volumes", "networks", "configs", "secrets"}
@@ -157,13 +161,7 @@ def clicks(values: dict[str, Any], repository: str) -> str:
     return "\n".join(f"  {number}. {step}" for number, step in enumerate(steps, start=1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.launchable", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--file", type=Path, default=FILE)
-    parser.add_argument("--repository", help="public git address (default: the file's)")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     values = read(args.file)
     check(values, args.file)
     repository = args.repository or variables(values).get("REPOSITORY") or PLACEHOLDER
@@ -175,7 +173,3 @@ def main() -> None:
         print(
             f"\nBefore: write your fork's address for {PLACEHOLDER} in {args.file.name}, and push"
         )
-
-
-if __name__ == "__main__":
-    command(main)

@@ -8,10 +8,10 @@ the file. The runs are small on purpose: they show a direction, not a size.
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("lessons")  # before the libraries load, so that --help is answered at once
+    start("lessons")
 
 import argparse
 import json
@@ -250,7 +250,3 @@ def main(args: argparse.Namespace) -> None:
         kept = {"command": command, **results}
         args.out.write_text(json.dumps(kept, ensure_ascii=False) + "\n")  # what is done is kept
     print(f"kept in {args.out}")
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

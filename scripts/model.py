@@ -7,10 +7,10 @@ says where the model comes from and, for the default, fetches and converts it on
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("model")  # before the libraries load, so that --help is answered at once
+    start("model")
 
 import argparse
 import hashlib
@@ -286,7 +286,3 @@ def free_memory() -> None:
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
     print(resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)[1])
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

@@ -8,10 +8,10 @@ project ships, a folder, or the hub's few-kilobyte config. `plan --help` tells t
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("plan")  # before the libraries load, so that --help is answered at once
+    start("plan")
 
 import argparse
 import math
@@ -351,7 +351,3 @@ def main(args: argparse.Namespace) -> None:
     if args.lengths:
         data = data._replace(usual=Lengths(*parse_case(f"{args.lengths}x1")[:3]))
     print(report(cfg, data))
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

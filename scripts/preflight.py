@@ -8,10 +8,10 @@ downloaded; the network is asked in parallel and given a few seconds.
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("preflight")  # before the libraries load, so that --help is answered at once
+    start("preflight")
 
 import argparse
 import os
@@ -386,7 +386,3 @@ def main(args: argparse.Namespace) -> None:
         code = 1
     sys.stdout.flush()
     os._exit(code)  # a check that still waits for the network must not hold the answer up
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

@@ -12,10 +12,10 @@ have a mistake; 75, stopped by SIGTERM or SIGHUP, a checkpoint is kept; 130, the
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("run")  # before the libraries load, so that --help is answered at once
+    start("run")
 
 import argparse
 import json
@@ -224,7 +224,3 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(f"\nerror: {said}\nIts output so far, with this at the top: {notebook}")
     print(summary(cfg))
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.")
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

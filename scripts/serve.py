@@ -9,10 +9,10 @@ The first writes `serve/` into the run folder; its README has the commands. The 
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("serve")  # before the libraries load, so that --help is answered at once
+    start("serve")
 
 import argparse
 import json
@@ -335,7 +335,3 @@ def main(args: argparse.Namespace) -> None:
     print(f"{server.model} at {server.url}\n{agreement(frame, probe, tokenizer)}\n\nall: {out}")
     if frame["same"].mean() < args.least_same:
         raise ServingError(f"fewer than {args.least_same:g} of the replies are the run's own")
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)

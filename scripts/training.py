@@ -10,10 +10,10 @@ The notebook takes the same steps one by one, and then looks at what came of the
 
 from __future__ import annotations
 
-from scripts import cli
+if __name__ == "__main__":  # before the libraries load, so that --help is answered at once
+    from scripts.cli import start
 
-if __name__ == "__main__":
-    ARGS = cli.parse("training")  # before the libraries load, so that --help is answered at once
+    start("training")
 
 import argparse
 from dataclasses import dataclass
@@ -151,7 +151,3 @@ def main(args: argparse.Namespace) -> None:
     if cfg.is_main_process:
         print(f"saved: {adapter}")
         finish_wandb()
-
-
-if __name__ == "__main__":
-    cli.command(main, ARGS)
