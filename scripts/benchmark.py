@@ -192,7 +192,6 @@ def measure(
     device = trainer.accelerator.device
     recorder = StepRecorder(trainer)
     limit = matmul_limit(device, torch.bfloat16)
-    before = peak_memory(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # loading's peak is no step's
     with profiler or nullcontext():
@@ -208,7 +207,6 @@ def measure(
         "step_pairs": [len(pairs) for pairs, _ in measured],
         "seconds": [seconds for _, seconds in measured],
         "peak_gb": peak_memory(device),
-        "before_gb": before,
         "limit_tflops": limit / 1e12,
     }
 

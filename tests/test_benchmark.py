@@ -47,7 +47,7 @@ def test_the_data_case_divides_all_pairs_of_a_step_by_its_time(tiny_cfg):
     assert result["rates"] == pytest.approx([n / seconds for n, seconds in pairs])
     assert result["pairs_per_second"] == sorted(result["rates"])[1]
     assert 0 < result["share_of_limit"] < 1
-    assert 0 < result["before_gb"] <= result["peak_gb"]
+    assert result["peak_gb"] > 0
 
 
 def test_the_size_of_a_case_is_that_of_its_batches(tiny_cfg):

@@ -1,6 +1,7 @@
 """The plan against what is there (optimisers, saved tensors, checkpoints, steps, caches), against
 peaks that were simulated apart from it, and against sums done by hand."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,15 @@ import pytest
 import torch
 from conftest import llama3_tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from trl import get_peft_config
 
 from scripts import plan_memory
 from scripts.base import ROOT, RecipeError
@@ -327,6 +336,34 @@ def test_a_merge_without_room_is_refused(tiny_cfg, monkeypatch, memory, disk, to
     monkeypatch.setattr(plan_memory.shutil, "disk_usage", lambda path: Free(0, disk))
     with pytest.raises(RoomError, match=told):
         require_room(tiny_cfg(use_cpu=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_a_merge_takes_the_memory_that_was_planned(tmp_path):
+    """SmolLM2's on a CPU, by the peak of its process; it varies with what else the machine does.
+
+    bash scripts/test.sh -k merge_takes -n 0 -s
+    """
+    cfg = load_config(DEFAULT, {"report_to": "none"}, output_dir=str(tmp_path / "run"))
+    path, _ = resolve_model(cfg.model.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model = get_peft_model(model, get_peft_config(cfg.model))
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = value.data.float().normal_(std=0.02)
+    model.save_pretrained(cfg.run_dir / "adapter")
+    load_tokenizer(path).save_pretrained(cfg.run_dir / "adapter")
+    cfg.save(cfg.run_dir / "config.yaml")
+    code = "import scripts.export as _; from scripts.plan_memory import process_gb as p; print(p())"
+    runtime = float(subprocess.check_output([sys.executable, "-c", code], cwd=ROOT))
+    command = [sys.executable, "-m", "scripts.export", "--config", str(cfg.run_dir / "config.yaml")]
+    process = subprocess.Popen(command, cwd=ROOT)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0 and (cfg.run_dir / "merged" / "model.safetensors").is_file()
+    merge = phases(cfg, model_sizes(cfg), worst_lengths(cfg), False, runtime * GB)["merge"]
+    print(f"\nplanned {peak(merge):.2f}, measured {used.ru_maxrss / 1024**2:.2f} GB")
+    assert peak(merge) == pytest.approx(used.ru_maxrss / 1024**2, rel=0.25)
 
 
 # The data.
