@@ -54,9 +54,9 @@ def test_a_tiny_llama_is_measured_beside_its_plan(tmp_path):
     """The work of the part `plan`, in this process; its run folder lies in a temporary one."""
     config = "configs/smollm2-135m-cpu.yaml"
     folder = measured.random_model(config, str(tmp_path / "model"), cuda=False)["model"]
-    small = {"max_length": 64, "per_device_train_batch_size": 2, "model_name_or_path": folder}
+    small = {"max_length": 32, "per_device_train_batch_size": 1, "model_name_or_path": folder}
     found = measured.plan_against_measured(config, small | {"output_dir": str(tmp_path / "run")})
-    assert found["lengths"] == "16/48/48"
+    assert found["lengths"] == "8/24/24"
     assert found["planned"] == pytest.approx(found["measured"], rel=0.5)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()  # which a real run may have there
 
