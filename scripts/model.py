@@ -42,10 +42,7 @@ from trl import get_peft_config, get_quantization_config
 
 from scripts.base import RecipeError, one_line
 from scripts.config import Config, config_from_args
-from scripts.hub import HubError, fetch
-from scripts.login import WHEELS as WHEELS
-from scripts.login import Wheel as Wheel
-from scripts.login import falls_back, hub_state, why_not
+from scripts.hub import WHEELS, HubError, falls_back, fetch, hub_state, why_not
 from scripts.memory import keep_freed_memory, return_freed_memory
 from scripts.origins import model_origin, record_origin
 from scripts.progress import Progress

@@ -39,7 +39,7 @@ from scripts.driver import (
     gpus_of_the_driver,
     needed_driver,
 )
-from scripts.login import falls_back, hub_state, why_not
+from scripts.hub import falls_back, hub_state, why_not
 from scripts.model import attention_problem, tokenizer_at_hand
 from scripts.pairs.load import check_preferences
 from scripts.plan import (

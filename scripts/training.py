@@ -33,7 +33,7 @@ from scripts.checkpoints.identity import settings
 from scripts.checkpoints.keeper import Keeper
 from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
-from scripts.login import hub_login
+from scripts.hub import hub_login
 from scripts.model import load_model, load_tokenizer, resolve_model
 from scripts.run_folder import settle, start_run
 from scripts.run_log import RunLog

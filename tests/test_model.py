@@ -9,13 +9,11 @@ import zipfile
 import pytest
 from transformers import GPTJConfig
 
-from scripts import hub, login
+from scripts import hub
 from scripts import model as model_step
 from scripts.base import ROOT, RecipeError
-from scripts.login import HubError, hub_login, hub_state, someone_is_there
+from scripts.hub import WHEELS, HubError, Wheel, hub_login, hub_state, someone_is_there
 from scripts.model import (
-    WHEELS,
-    Wheel,
     check_architecture,
     load_model,
     load_tokenizer,
@@ -67,7 +65,7 @@ def test_a_hub_that_does_not_answer_is_given_up_soon(endpoint, monkeypatch):
         return 200, {}, b"{}"
 
     endpoint(slow)
-    monkeypatch.setattr(login, "TIMEOUT", 0.5)
+    monkeypatch.setattr(hub, "TIMEOUT", 0.5)
     start = time.monotonic()
     assert hub_state(NAME) == "unreachable"
     assert time.monotonic() - start < 4

@@ -19,8 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 from scripts import hub as client
 from scripts.base import RecipeError
 from scripts.config import ConfigError
-from scripts.hub import HubError, dataset_commit, fetch
-from scripts.login import WHEELS, hub_login, hub_state
+from scripts.hub import WHEELS, HubError, dataset_commit, fetch, hub_login, hub_state
 from scripts.model import resolve_model
 from tests.survival.bad_input_faults import model_folder
 from tests.survival.hub import COMMIT, Fault, Hub, model_files, serving
