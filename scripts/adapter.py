@@ -21,11 +21,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 
 from scripts.base import RecipeError, put_in_place
-from scripts.checkpoints.identity import differences, settings
-from scripts.checkpoints.trouble import told
+from scripts.checkpoints import Checkpoints, differences, explained, run_settings
 from scripts.config import Config
-from scripts.origins import read_origins
 from scripts.pairs.provenance import weights_state
+from scripts.run_folder import read_origins
 
 # What of an adapter's own config changes what the model computes with the same weights, or which
 # weights there are.
@@ -50,8 +49,9 @@ def refuse_stale(trainer: DPOTrainer, cfg: Config) -> None:
     """
     if trainer.args is cfg.dpo:
         return
-    then = {"config": getattr(trainer, "settings", None) or {}}
-    found = differences(then, {"config": settings(cfg)})
+    keepers = (c for c in trainer.callback_handler.callbacks if isinstance(c, Checkpoints))
+    then = next((keeper.settings for keeper in keepers), {})
+    found = differences({"config": then}, {"config": run_settings(cfg)})
     if Path(trainer.args.output_dir) != cfg.run_dir:
         found.append(f"the run folder was {trainer.args.output_dir} and is {cfg.run_dir}")
     if found:
@@ -74,7 +74,7 @@ def save_adapter(trainer: DPOTrainer, cfg: Config) -> Path:
     target = trained_folder(cfg)
     if cfg.is_main_process:
         part = target.with_name(f".{target.name}.part")
-        with told(cfg.run_dir, f"saving {target} (training is through; `--resume` saves it again)"):
+        with explained(cfg.run_dir, f"saving {target} (training has finished; --resume saves it)"):
             shutil.rmtree(part, ignore_errors=True)
             try:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(part)

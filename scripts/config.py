@@ -207,6 +207,14 @@ class Config:
         self.dpo = args
         self._save_again(before)
 
+    def pin(self, key: str, commit: str) -> None:
+        """Name the commit that `key` (a revision) stood for in this run's saved config; this
+        process goes on with what it has."""
+        path = self.run_dir / "config.yaml"
+        if path.is_file() and path.read_text() == self._text():
+            self.given[key] = commit
+            self.save(path)
+
     def save(self, path: Path) -> None:
         """Write the config so that `load_config(path)` gives this run again."""
         write_whole(path, self._text())

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from scripts import plots
 from scripts.config import Config, config_from_args
 from scripts.model import find_model, load_tokenizer, resolve_model
-from scripts.origins import dataset_origin, record_origin
 from scripts.pairs.checks import KINDS, Finding, Report
 from scripts.pairs.load import check_preferences
 from scripts.pairs.report import held_out_text, report_text
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import SIDES, templated, tokenize_pairs
 from scripts.plan_memory import settle_max_length
+from scripts.run_folder import dataset_origin, record_origin
 
 
 def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> DatasetDict:

@@ -44,8 +44,8 @@ from scripts.base import RecipeError, one_line
 from scripts.config import Config, config_from_args
 from scripts.hub import WHEELS, HubError, falls_back, fetch, hub_state, why_not
 from scripts.memory import keep_freed_memory, return_freed_memory
-from scripts.origins import model_origin, record_origin
 from scripts.progress import Progress
+from scripts.run_folder import model_origin, record_origin
 
 
 class ModelSource(NamedTuple):

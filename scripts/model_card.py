@@ -22,8 +22,8 @@ from huggingface_hub.utils import validate_repo_id
 from scripts.base import InputError, RecipeError, one_line
 from scripts.config import Config
 from scripts.hub import patiently
-from scripts.origins import read_origins
 from scripts.pairs.sources import local_path
+from scripts.run_folder import read_origins
 from scripts.tables import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
 
 # What of a config a reader can learn from; places, accounts and reporting are left out.

@@ -36,8 +36,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from scripts.adapter import trained_folder
 from scripts.base import CTRL_C, ROOT, STOPPED, RecipeError
-from scripts.checkpoints.lock import HELD_BY_PARENT
-from scripts.checkpoints.store import newest_whole
+from scripts.checkpoints import HELD_BY_PARENT, newest_whole
 from scripts.config import Config, config_from_args, parse_overrides
 from scripts.headless import ENGINE, section
 from scripts.memory import GB

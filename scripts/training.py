@@ -29,12 +29,11 @@ from trl import DPOTrainer, get_peft_config
 
 from scripts.adapter import save_adapter
 from scripts.base import RecipeError
-from scripts.checkpoints.identity import settings
-from scripts.checkpoints.keeper import Keeper
-from scripts.config import Config, config_from_args
+from scripts.checkpoints import Checkpoints, resumable
+from scripts.config import Config, config_from_args, refuse_changed
 from scripts.data import load_preferences
 from scripts.hub import hub_login
-from scripts.model import load_model, load_tokenizer, resolve_model
+from scripts.model import find_model, load_model, load_tokenizer
 from scripts.run_folder import settle, start_run
 from scripts.run_log import RunLog
 from scripts.sharing.compiler import use_torch_head_without_compiler
@@ -42,10 +41,6 @@ from scripts.sharing.trainer import PrefixSharedDPOTrainer
 from scripts.tracking import finish_wandb, start_wandb
 
 HAS_TRAINER = "_has_trainer"  # on a model that a trainer was built over
-
-
-class SharedKeeper(Keeper, PrefixSharedDPOTrainer):
-    """Prefix sharing, and no finished step lost."""
 
 
 @dataclass
@@ -67,10 +62,10 @@ def assemble(cfg: Config, pairs: DatasetDict | None = None) -> Run:
     Raises:
         RecipeError: a part cannot be had; the message says which, and what to do.
     """
-    path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
+    path, commit, where = find_model(cfg)
     if cfg.is_main_process:
         print(where)
-    tokenizer = load_tokenizer(path, cfg.model.model_revision)
+    tokenizer = load_tokenizer(path, commit)
     if pairs is None:
         pairs = load_preferences(cfg, tokenizer)
     trainer = build_trainer(cfg, load_model(cfg, path), tokenizer, pairs)
@@ -83,45 +78,74 @@ def build_trainer(
     tokenizer: PreTrainedTokenizerBase,
     pairs: DatasetDict,
 ) -> DPOTrainer:
-    """TRL's trainer over `model` with a fresh LoRA adapter, which keeps what it has trained
-    (`Keeper`); with `prefix_sharing`, each prompt runs once.
+    """TRL's trainer over `model` with a fresh LoRA adapter, as the notebook writes it out; with
+    `prefix_sharing`, each prompt runs once. See https://huggingface.co/docs/trl/dpo_trainer.
 
     The plain model and the adapter's config go in apart, so TRL makes no second copy of anything:
     its reference log-probabilities come from this same model with the adapter switched off.
-    Without LoRA (`use_peft: false`) the reference is the model loaded a second time, here, because
-    TRL's own copy would not be of `model_revision`; none if the pairs are scored beforehand.
-    See https://huggingface.co/docs/trl/dpo_trainer.
 
     Raises:
         RecipeError: another trainer was built over `model`.
     """
-    if getattr(model, HAS_TRAINER, False):
-        raise RecipeError(
-            "this model is a trainer's already, whose adapter and training it carries: load it "
-            "again (load_model), and build the trainer from that"
-        )
-    second = not (cfg.model.use_peft or cfg.dpo.precompute_ref_log_probs)
-    remark = use_torch_head_without_compiler(cfg.dpo.device)
-    if remark and cfg.is_main_process:
-        print(remark)
-    kept = settings(cfg)  # before TRL completes the arguments in place
-    make = SharedKeeper if cfg.recipe.prefix_sharing else Keeper
-    trainer = make(
+    refuse_second_trainer(model)
+    Trainer = PrefixSharedDPOTrainer if cfg.recipe.prefix_sharing else DPOTrainer
+    trainer = Trainer(
         model=model,
-        ref_model=load_model(cfg, model.config.name_or_path) if second else None,
+        ref_model=reference_model(cfg, model.config.name_or_path),
         args=cfg.dpo,
         processing_class=tokenizer,
         train_dataset=pairs["train"],
         eval_dataset=pairs["test"],
         peft_config=get_peft_config(cfg.model),
+        callbacks=[Checkpoints(cfg), RunLog(cfg.run_dir / "metrics.jsonl")],
     )
-    setattr(model, HAS_TRAINER, True)
-    trainer.settings = kept
-    keep_adapter_in_float32(trainer.model)
+    prepare_trainer(trainer)
+    return trainer
+
+
+def reference_model(cfg: Config, path: str) -> PreTrainedModel | None:
+    """The reference where it is a model of its own: without LoRA, and not scored beforehand.
+
+    TRL's own copy would be of the hub's newest commit, whatever `model_revision` says.
+    """
+    apart = not (cfg.model.use_peft or cfg.dpo.precompute_ref_log_probs)
+    return load_model(cfg, path) if apart else None
+
+
+def refuse_stale_cells(
+    cfg: Config, model: PreTrainedModel, config: str, overrides: dict, output_dir: str | None
+) -> None:
+    """In a notebook: refuse a trainer where a cell above was changed and not run again.
+
+    Raises:
+        RecipeError: the first cell asks for another run than `cfg`, or `model` has a trainer.
+    """
+    refuse_changed(cfg, config, overrides, output_dir)
+    refuse_second_trainer(model)
+
+
+def refuse_second_trainer(model: PreTrainedModel) -> None:
+    """Raise a `RecipeError` if a trainer was built over `model`: it carries an adapter by now."""
+    if getattr(model, HAS_TRAINER, False):
+        raise RecipeError(
+            "this model already belongs to a trainer, whose adapter it carries: load it again "
+            "(section 5), then build the trainer"
+        )
+
+
+def prepare_trainer(trainer: DPOTrainer) -> None:
+    """What is done to every trainer before it trains: the adapter in float32, `RunLog`'s lines in
+    place of transformers' bar, no model card of TRL's beside the run (`export push` makes one), and
+    on a GPU without a C compiler TRL's head in plain torch."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    setattr(model.get_base_model() if isinstance(model, PeftModel) else model, HAS_TRAINER, True)
+    keep_adapter_in_float32(model)
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(RunLog(cfg.run_dir / "metrics.jsonl"))
-    return trainer
+    trainer.create_model_card = lambda *args, **kwargs: None
+    remark = use_torch_head_without_compiler(trainer.args.device)
+    if remark and trainer.is_world_process_zero():
+        print(remark)
 
 
 def keep_adapter_in_float32(model: torch.nn.Module) -> None:
@@ -146,7 +170,8 @@ def main(args: argparse.Namespace) -> None:
         print(start_wandb(cfg))
     (cfg.dpo.resume_from_checkpoint,) = broadcast_object_list([cfg.dpo.resume_from_checkpoint])
     run = assemble(cfg)
-    run.trainer.train(resume_from_checkpoint=cfg.dpo.resume_from_checkpoint)
+    with resumable(run.trainer) as checkpoint:
+        run.trainer.train(resume_from_checkpoint=checkpoint)
     adapter = save_adapter(run.trainer, cfg)
     if cfg.is_main_process:
         print(f"saved: {adapter}")
