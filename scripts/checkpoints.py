@@ -282,6 +282,8 @@ def explain(error: BaseException, folder: Path) -> str | None:
             f"a file could not be written, the disk is full ({one_line(error, 200)}; {free:,.0f} "
             f"MB are free at {existing(folder)}); make room, or raise the limit"
         )
+    if isinstance(error, OSError):
+        return f"a file could not be read or written ({one_line(error, 200)}); see that it is there"
     return None
 
 

@@ -1,16 +1,15 @@
-"""The data goes, hangs or fails while a run reads it."""
+"""The data goes while a run reads it."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from tests.survival import tiny
-from tests.survival.probes import Loader, Remove, SignalAtStep
+from tests.survival.probes import Remove, SignalAtStep
 
-AREA = "data gone, hung or unreadable"
+AREA = "data gone"
 
 
 def gone_while_running() -> None:
@@ -33,29 +32,6 @@ def gone_before_resuming() -> None:
     tiny.same_as_uninterrupted(run_dir)
 
 
-def loader(how: str, workers: int, says: str) -> None:
-    run_dir = tiny.scratch("loader") / "run"
-    settings = {"dataloader_num_workers": workers, "loader_timeout": 3}
-    if workers:
-        settings["dataloader_multiprocessing_context"] = "fork"
-    done = tiny.run(run_dir, probe=Loader(4, how), **settings)
-    assert done.code == 1, done.text[-1500:]
-    line = done.one_line()
-    assert says in line and "the same command" in line, line
-    assert workers or "Kept: " in line, line  # a worker fetches ahead: it may fail at step 1
-    again = tiny.run(run_dir)
-    assert again.code == 0, again.text[-1500:]
-    tiny.same_as_uninterrupted(run_dir)
-
-
 def faults() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "the dataset goes while it is trained on", gone_while_running
     yield "the dataset is gone on going on", gone_before_resuming
-    yield "the loader hangs", partial(loader, "hangs", 0, "no batch came for 3 s")
-    yield "a worker of the loader hangs", partial(loader, "hangs", 1, "no batch came for 3 s")
-    yield "the loader's disk is lost", partial(loader, "fails", 0, "cannot be read (OSError")
-    yield "a worker's disk is lost", partial(loader, "fails", 1, "cannot be read (OSError")
-    yield (
-        "a worker of the loader is killed",
-        partial(loader, "dies", 1, "of the data loader was killed"),
-    )

@@ -5,13 +5,11 @@ They are classes with their settings as fields, so that they can be sent to the 
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import resource
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,32 +196,3 @@ class Remove:
                 shutil.rmtree(self.path)
 
         _watch("on_step_end", strike)
-
-
-@dataclass
-class Loader:
-    """From the n-th batch on, the loader hangs on a pipe, raises what a lost disk does, or dies."""
-
-    batch: int
-    how: str
-
-    def __call__(self) -> None:
-        def prepare(trainer) -> None:
-            real, count = trainer.data_collator, [0]
-
-            def collate(rows):
-                count[0] += 1
-                if count[0] == self.batch:
-                    if self.how == "hangs":
-                        pipe = Path(tempfile.mkdtemp()) / "pipe"
-                        os.mkfifo(pipe)
-                        pipe.read_bytes()  # nobody will ever write there
-                    elif self.how == "fails":
-                        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-                    else:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                return real(rows)
-
-            trainer.data_collator = collate
-
-        _prepare(prepare)
