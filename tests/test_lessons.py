@@ -256,6 +256,9 @@ def test_the_tutorial_takes_a_finished_run_of_any_kind(tiny_run, tmp_path, kind)
     said = "".join(o.get("text", "") for name in ("trl", "lora", "rank") for o in outputs[name])
     assert ("compared here is the DPO loss" in said) == (kind != "as the default")
     assert ("all weights were trained" in said) == (kind == "all weights")
+    sizes = model_sizes(cfg)
+    share = sizes.trained / (sizes.base + sizes.trained)
+    assert (f"{sizes.trained:,} parameters trained:\n{share:.2%} of" in said) == cfg.model.use_peft
     now = {path: path.read_bytes() for path in cfg.run_dir.rglob("*") if path.is_file()}
     assert now == left
 
