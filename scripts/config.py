@@ -22,12 +22,19 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import AttentionInterface
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from trl import DPOConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from scripts.base import ROOT, InputError, existing, one_line, write_whole
@@ -140,7 +147,14 @@ def _listed(name: str) -> list[str]:
     return re.findall(r"`'?(\w+)'?`", names)
 
 
-NAMES = {name: _listed(name) for name in ("loss_type", "f_divergence_type")}
+# Names that nobody checks before the model is there.
+NAMES = {
+    **{f.name: [*f.metadata["choices"]] for cls in FIELDS for f in dataclasses.fields(cls)
+       if f.metadata.get("choices")},
+    **{name: _listed(name) for name in ("loss_type", "f_divergence_type")},
+    "attn_implementation": ["eager", *AttentionInterface().valid_keys()],
+    "report_to": ["none", "all", *INTEGRATION_TO_CALLBACK],
+}  # fmt: skip
 # Keys that the recipe had, and those of other trainers: what to set in their place.
 RETIRED = {
     "loader_timeout": "leave it out",
@@ -383,24 +397,27 @@ def _typed(where: str, key: str, value: Any) -> Any:
         value = "no"
     if isinstance(value, str) and list[str] in options and str not in options:
         value = [value]  # TRL's command line takes one name where it takes several
-    wrong = f"{where}: `{key}` must be {{}}, got {_shown(value)}"
+
+    def refuse(what: str) -> ConfigError:
+        return ConfigError(f"{where}: `{key}` must be {what}, got {_shown(value)}")
+
     if isinstance(value, bool) and not {bool, Any} & set(options):
-        raise ConfigError(wrong.format("no true or false"))
+        raise refuse(_kind(hint))
     if not (value == AUTO and key in ("max_length", "test_split_size")):
         try:
             adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
             value = adapter.validate_python(value)
         except (ValidationError, RecursionError) as error:
-            raise ConfigError(wrong.format(_kind(hint, error))) from None
+            raise refuse(_kind(hint, error)) from None
     if isinstance(value, str) and (not value.strip() or "\0" in value) and key != "hub_model_id":
-        raise ConfigError(wrong.format("a name that is not empty"))
+        raise refuse("a name that is not empty")
     low, high = RANGES.get(key, (-math.inf, math.inf))
     for number in value if isinstance(value, list) else [value]:
         # A NaN is in no range; an infinity only where no argument of ours ends.
         if isinstance(number, int | float) and not low <= number <= high:
-            raise ConfigError(wrong.format(_range(low, high)))
+            raise refuse(_range(low, high))
         if key in NAMES and number not in (None, *NAMES[key]):
-            raise ConfigError(wrong.format(f"one of {', '.join(NAMES[key])}"))
+            raise refuse(f"one of {', '.join(NAMES[key])}")
     return value
 
 
@@ -410,7 +427,7 @@ def _options(hint: Any) -> tuple:
     return typing.get_args(hint) if union else (hint,)
 
 
-def _kind(hint: Any, error: Exception) -> str:
+def _kind(hint: Any, error: Exception | None = None) -> str:
     """What an argument takes: its names, or its types."""
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
@@ -498,6 +515,9 @@ def _contradictions(cfg: Config) -> Iterator[str]:
             "gradient_checkpointing: true is overruled by activation_checkpointing: false; set "
             "activation_checkpointing: true"
         )
+    project = cfg.recipe.wandb_project
+    if len(project) > 128 or re.search(r"[/\\#?%:]", project):
+        yield "`wandb_project` may have at most 128 characters, and none of / \\ # ? % :"
     if (checkpoint := dpo.resume_from_checkpoint) and not Path(checkpoint).is_dir():
         yield f"`resume_from_checkpoint`: there is no folder {checkpoint}"
 
@@ -591,16 +611,29 @@ def refuse_changed(
 
 
 def check_places(cfg: Config) -> None:
-    """Look at the folders and files that `cfg` names.
+    """Look at the folders, files and packages that `cfg` names.
 
     Raises:
         ConfigError: one of them cannot serve.
     """
     model, data = cfg.model.model_name_or_path, cfg.script.dataset_name
+    _check_packages(cfg)
     check_model(model)
     check_dataset(data)
     if cfg.is_main_process:
         check_run_folder(cfg.run_dir, model, data)
+
+
+def _check_packages(cfg: Config) -> None:
+    """Refuse what transformers asks for only once the model is loaded."""
+    have = get_available_reporting_integrations()
+    if missing := [name for name in cfg.dpo.report_to if name not in have]:
+        raise ConfigError(
+            f"`report_to: {missing[0]}`: that package is not installed; install it, or set "
+            "report_to to wandb or none"
+        )
+    if cfg.model.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ConfigError("`attn_implementation: flash_attention_2` needs flash_attn; set sdpa")
 
 
 def refuse_pickles(name: str, files: list[str]) -> None:
@@ -635,11 +668,34 @@ def check_model(name: str) -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model_name_or_path: {name} has no config.json: it holds no model")
         refuse_pickles(name, sorted(path.name for path in folder.iterdir()))
+        _check_weights(folder)
     elif name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ConfigError(
             f"model_name_or_path: there is no folder {name}, and the hub has no such name "
             "(owner/model)"
         )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights that are cut, as after a copy that broke off or a clone without git-lfs."""
+    files = {path.name: path for path in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            parts = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{index} is damaged; copy the model again") from None
+        if missing := sorted(parts - files.keys()):
+            raise ConfigError(f"{folder} has no {missing[0]}, which {index.name} names")
+    for path in files.values():
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(
+                f"{path} is cut or damaged ({one_line(error, 80)}); copy or download it again (git "
+                "clone needs git-lfs)"
+            ) from None
 
 
 def check_run_folder(folder: Path, *others: str) -> None:
