@@ -61,6 +61,13 @@ def existing(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
+def local_path(name: str) -> Path | None:
+    """The file or folder that `name` is on this machine: from the home folder (`~`), the current
+    one, or the project's; None if there is none."""
+    path = Path(os.path.expanduser(name))  # Path's own raises for the home of an unknown user
+    return next((p for p in (path, ROOT / path) if os.path.lexists(p)), None)
+
+
 def flush(path: Path) -> None:
     """Have a file, or a folder's list of names, on the disk before going on. See fsync(2)."""
     descriptor = os.open(path, os.O_RDONLY)

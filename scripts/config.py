@@ -37,7 +37,7 @@ from transformers.integrations.integration_utils import (
 )
 from trl import DPOConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from scripts.base import ROOT, InputError, existing, one_line, write_whole
+from scripts.base import ROOT, InputError, existing, local_path, one_line, write_whole
 
 AUTO = "auto"  # a value that the data decides
 MOST_BRACKETS = 1000  # in a YAML file: PyYAML's time grows with their square
@@ -715,13 +715,6 @@ def check_run_folder(folder: Path, *others: str) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output_dir: {folder} cannot be written to ({reason})") from None
-
-
-def local_path(name: str) -> Path | None:
-    """The file or folder that `name` is on this machine: from the home folder (`~`), the current
-    one, or the project's; None if there is none."""
-    path = Path(os.path.expanduser(name))  # Path's own raises for the home of an unknown user
-    return next((p for p in (path, ROOT / path) if os.path.lexists(p)), None)
 
 
 def check_dataset(name: str) -> None:

@@ -24,32 +24,32 @@ from transformers import PreTrainedTokenizerBase
 from scripts import plots
 from scripts.config import Config, config_from_args
 from scripts.model import find_model, load_tokenizer, resolve_model
-from scripts.pairs.checks import KINDS, Finding, Report
-from scripts.pairs.load import check_preferences
+from scripts.pairs.checks import KINDS, PLACE, SIDES, Finding, Report
+from scripts.pairs.load import fit_pairs, hold_out, lengths_of, read_pairs
 from scripts.pairs.report import held_out_text, report_text
-from scripts.pairs.sources import DataError
-from scripts.pairs.tokens import SIDES, templated, tokenize_pairs
-from scripts.plan_memory import settle_max_length
+from scripts.pairs.sources import DataError, Source
+from scripts.pairs.tokens import templated
+from scripts.plan_memory import estimate_max_length, settle_max_length
 from scripts.run_folder import dataset_origin, record_origin
 
 
-def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> DatasetDict:
-    """The pairs that `cfg` names, checked, as `train` and `test` splits.
+def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> DatasetDict:
+    """The pairs that `cfg` names, checked and tokenised, as `train` and `test` splits.
 
     A dataset without a test split gives `test_split_size` of its prompts for one. Bad rows (see
     `checks.KINDS`) are an error or are left out and written, with the reason, to
-    `dropped_rows.jsonl` in the run folder, as `on_bad_rows` says. What depends on tokens (special
-    tokens typed in the text, prompts that leave no room) is checked when `tokenizer` is given.
+    `dropped_rows.jsonl` in the run folder, as `on_bad_rows` says.
 
     Returns:
         Columns `prompt`, `chosen` and `rejected`, each a list of `{"role", "content"}` messages;
-        any further column of the source is kept.
+        `prompt_ids`, `chosen_ids` and `rejected_ids`, their tokens as TRL's trainer makes them, not
+        yet cut at `max_length`; and any further column of the source.
 
     Raises:
         DataError: the data is not there, has no such split or columns, or no usable row; or it has
             bad rows, and `on_bad_rows` is `error`.
     """
-    pairs, report = check_preferences(cfg, tokenizer, settle_max_length)
+    pairs, report = check_preferences(cfg, tokenizer, settle=True)
     record_origin(cfg, "dataset", dataset_origin(cfg))
     if report.bad():
         _settle(cfg, report)
@@ -64,6 +64,45 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase | None = No
             else rows
             for split, rows in pairs.items()
         }
+    )
+
+
+def check_preferences(
+    cfg: Config, tokenizer: PreTrainedTokenizerBase | None = None, settle: bool = False
+) -> tuple[DatasetDict, Report]:
+    """The pairs that `cfg` names without the bad rows, as `train` and `test`, and what was found.
+
+    Without a `tokenizer`, nothing that depends on tokens is checked. A `max_length` of `auto` is
+    chosen from the tokens: for good with `settle`, else only for this check.
+
+    Raises:
+        DataError: the data is not there, is empty, or has no such split or columns.
+    """
+    source = source_of(cfg)
+    pairs, report = read_pairs(source, tokenizer)
+    if tokenizer:
+        if cfg.length_is_open and len(pairs["train"]):
+            (settle_max_length if settle else estimate_max_length)(cfg, report.lengths["train"])
+        fit_pairs(pairs, report, cfg.dpo.max_length, cfg.dpo.truncation_mode)
+    if "test" not in pairs:
+        hold_out(pairs, report, source)
+    return pairs.remove_columns(PLACE), report
+
+
+def source_of(cfg: Config) -> Source:
+    """What the data tools need to know of `cfg`."""
+    return Source(
+        name=cfg.script.dataset_name,
+        config=cfg.script.dataset_config,
+        revision=cfg.recipe.dataset_revision,
+        train=cfg.script.dataset_train_split,
+        test=cfg.script.dataset_test_split,
+        needs_test="dataset_test_split" in cfg.given,
+        format=cfg.recipe.dataset_format,
+        columns=cfg.recipe.dataset_columns or {},
+        score_margin=cfg.recipe.score_margin,
+        held_out=cfg.recipe.test_split_size,
+        seed=cfg.dpo.seed,
     )
 
 
@@ -132,10 +171,9 @@ def write_findings(cfg: Config, name: str, findings: Iterable[Finding]) -> str:
     return str(path)
 
 
-def token_lengths(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+def token_lengths(pairs: Dataset) -> pd.DataFrame:
     """Tokens of prompt, chosen and rejected: one row a pair, template tokens included."""
-    rows = tokenize_pairs(pairs.to_list(), tokenizer)
-    return pd.DataFrame({side: [len(row[f"{side}_ids"]) for row in rows] for side in SIDES})
+    return pd.DataFrame(lengths_of(pairs), columns=SIDES)
 
 
 def length_lesson(lengths: pd.DataFrame) -> str:
@@ -159,7 +197,7 @@ def look(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     pairs = load_preferences(cfg, tokenizer)
     for split, rows in pairs.items():
         print(f"\n{split}: {len(rows)} pairs")
-        print(length_table(token_lengths(rows, tokenizer)).to_string())
+        print(length_table(token_lengths(rows)).to_string())
     for part, text in templated(pairs["train"][0], tokenizer).items():
         print(f"\n--- {part}\n{text}")
 
@@ -170,7 +208,7 @@ def check(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         DataError: a split has no usable pair, or there are bad rows and `on_bad_rows` is `error`.
     """
-    pairs, report = check_preferences(cfg, tokenizer, settle_max_length)
+    pairs, report = check_preferences(cfg, tokenizer, settle=True)
     print(report_text(report))
     if len(pairs["train"]):
         print("\nOne pair as the model sees it:")

@@ -34,7 +34,6 @@ from scripts.data import load_preferences
 from scripts.gguf import make_gguf, require_tools
 from scripts.model import free_memory, load_model, load_tokenizer, resolve_model
 from scripts.pairs.generation import generate_replies
-from scripts.pairs.tokens import tokenize_pairs
 from scripts.plan_memory import require_room
 from scripts.probes import Probe, drawn, main_probe
 from scripts.progress import Progress
@@ -295,7 +294,7 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join([*remarks, f"written: {folder}; its README.md has the commands"]))
         return
     test = load_preferences(cfg, tokenizer)["test"]
-    rows = tokenize_pairs(test.select(range(min(args.rows, len(test)))).to_list(), tokenizer)
+    rows = test.select(range(min(args.rows, len(test)))).to_list()
     if args.action == "merge":
         report = merge_adapter(cfg, path, tokenizer, rows)
         print(f"merged: {cfg.run_dir / 'merged'} (per token, training moved {report['effect']:.3f} "

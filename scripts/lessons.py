@@ -31,8 +31,9 @@ from scripts.data import load_preferences
 from scripts.evaluate import pair_logps, reference
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.pairs.generation import generate_replies
+from scripts.pairs.load import lengths_of
 from scripts.pairs.text import are_facts, fact_recall
-from scripts.pairs.tokens import template_options, tokenize_pairs
+from scripts.pairs.tokens import template_options
 from scripts.probes import pick_prompts
 from scripts.run_folder import describe_machine
 from scripts.run_log import history
@@ -95,19 +96,19 @@ class Size:
     max_new_tokens: int = 64
 
 
-def length_gaps(rows: Dataset, tokenizer) -> np.ndarray:
+def length_gaps(rows: Dataset) -> np.ndarray:
     """log(rejected tokens / chosen tokens) of each pair: above 0, the rejected is the longer."""
-    tokens = tokenize_pairs(rows.to_list(), tokenizer)
-    return np.array([np.log(len(t["rejected_ids"]) / len(t["chosen_ids"])) for t in tokens])
+    _, chosen, rejected = lengths_of(rows).T
+    return np.log(rejected / chosen)
 
 
-def pick_pairs(pairs: DatasetDict, tokenizer, size: Size, kind: str) -> DatasetDict:
+def pick_pairs(pairs: DatasetDict, size: Size, kind: str) -> DatasetDict:
     """Pairs to train on by their lengths, and held-out ones on which length tells nothing.
 
     `kind` is an `Arm.pairs`. Of the held-out pairs, half have the longer answer chosen and half
     the shorter, as far as there are such; a rule "the shorter wins" is right in half of them.
     """
-    gaps, held = (length_gaps(pairs[split], tokenizer) for split in ("train", "test"))
+    gaps, held = (length_gaps(pairs[split]) for split in ("train", "test"))
     order = np.argsort(np.abs(gaps) if kind == "alike" else -gaps, kind="stable")
     half = size.held_out // 2
     test = np.concatenate([np.flatnonzero(held < 0)[:half], np.flatnonzero(held > 0)[:half]])
@@ -140,7 +141,7 @@ def run_arms(config: str, overrides: dict, size: Size, names: list[str]) -> Iter
         short = SHORT | {"num_train_epochs": size.epochs,
                          "output_dir": str(base_cfg.run_dir / "lessons" / name)}  # fmt: skip
         cfg = load_config(config, short | overrides | arm.overrides)
-        pairs = pick_pairs(every_pair, tokenizer, size, arm.pairs)
+        pairs = pick_pairs(every_pair, size, arm.pairs)
         trainer = assemble(cfg, pairs).trainer
         if "base" not in results:
             with reference(trainer) as model:

@@ -19,10 +19,9 @@ from huggingface_hub import DatasetCard, EvalResult, HfApi, ModelCard, ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from scripts.base import InputError, RecipeError, one_line
+from scripts.base import InputError, RecipeError, local_path, one_line
 from scripts.config import Config
 from scripts.hub import patiently
-from scripts.pairs.sources import local_path
 from scripts.run_folder import read_origins
 from scripts.tables import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
 

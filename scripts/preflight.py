@@ -31,7 +31,7 @@ from huggingface_hub import HfApi, constants, get_token
 
 from scripts.base import ROOT, RecipeError
 from scripts.config import Config, check_places, config_from_args
-from scripts.data import require_pairs
+from scripts.data import check_preferences, require_pairs
 from scripts.driver import (
     DriverError,
     driver_branch,
@@ -41,7 +41,6 @@ from scripts.driver import (
 )
 from scripts.hub import falls_back, hub_state, why_not
 from scripts.model import attention_problem, tokenizer_at_hand
-from scripts.pairs.load import check_preferences
 from scripts.plan import (
     checkpoint_bytes,
     dataset_size,
@@ -263,7 +262,7 @@ def local_data(cfg: Config) -> tuple[list[Check], int | None]:
     name = cfg.script.dataset_name
     tokenizer = tokenizer_at_hand(cfg.model.model_name_or_path, cfg.model.model_revision)
     try:
-        pairs, report = check_preferences(cfg, tokenizer, estimate_max_length)
+        pairs, report = check_preferences(cfg, tokenizer)
         require_pairs(pairs, report)
     except RecipeError as error:
         fix = "python -m scripts.data check"

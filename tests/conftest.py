@@ -12,6 +12,7 @@ os.environ["WANDB_SILENT"] = "true"
 
 import pytest
 import torch
+from datasets import DatasetDict
 from huggingface_hub import constants
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -23,6 +24,8 @@ from transformers import (
 from trl import DPOTrainer
 
 from scripts.config import Config, load_config
+from scripts.data import load_preferences
+from scripts.model import load_tokenizer
 from scripts.training import assemble
 from tests.loopback import Quiet, serving
 
@@ -85,6 +88,11 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|eot_id|>",
         chat_template=LLAMA3_TEMPLATE,
     )
+
+
+def pairs_of(cfg: Config) -> DatasetDict:
+    """The pairs of `cfg`, by the tokenizer of its model."""
+    return load_preferences(cfg, load_tokenizer(cfg.model.model_name_or_path))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,9 @@ import pytest
 from conftest import explicit, write_jsonl
 
 from scripts.base import ROOT
-from scripts.data import load_preferences
+from scripts.data import check_preferences, load_preferences
 from scripts.model import load_tokenizer
 from scripts.pairs.checks import KINDS
-from scripts.pairs.load import check_preferences
 from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.report import by_kind, length_bias, report_text
 from scripts.pairs.sources import read_file

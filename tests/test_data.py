@@ -3,13 +3,12 @@
 import re
 
 import pytest
-from conftest import BOT, EOT, explicit, write_jsonl
+from conftest import BOT, EOT, explicit, pairs_of, write_jsonl
 
-from scripts.base import ROOT
+from scripts.base import ROOT, InputError
 from scripts.config import ConfigError
-from scripts.data import length_table, load_preferences, token_lengths
+from scripts.data import check_preferences, length_table, token_lengths
 from scripts.model import load_tokenizer
-from scripts.pairs.load import check_preferences
 from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
@@ -68,7 +67,7 @@ def test_no_held_out_prompt_is_near_a_training_one(shipped):
 
 
 def test_the_shipped_pairs_load(tiny_cfg, shipped):
-    pairs = load_preferences(tiny_cfg(dataset_name="data/concise"))
+    pairs = pairs_of(tiny_cfg(dataset_name="data/concise"))
     assert {k: len(v) for k, v in pairs.items()} == {k: len(v) for k, v in shipped.items()}
     assert pairs["test"][0]["prompt"] == shipped["test"][0]["prompt"]
     assert pairs["test"][0]["facts"] == shipped["test"][0]["facts"]
@@ -78,7 +77,7 @@ def test_orca_is_told_by_its_columns_and_split_when_it_has_no_test_split(tiny_cf
     rows = [ORCA | {"question": f"Question {i}?"} for i in range(20)]
     write_jsonl(tmp_path / "orca" / "train.jsonl", rows)
     cfg = tiny_cfg(dataset_name=str(tmp_path / "orca"), test_split_size=0.25)
-    pairs = load_preferences(cfg)
+    pairs = pairs_of(cfg)
     assert {k: len(v) for k, v in pairs.items()} == {"train": 15, "test": 5}
     questions = {k: {r["prompt"][-1]["content"] for r in v} for k, v in pairs.items()}
     assert not questions["train"] & questions["test"]
@@ -86,7 +85,10 @@ def test_orca_is_told_by_its_columns_and_split_when_it_has_no_test_split(tiny_cf
 
 def test_limits_draw_the_same_rows_again(tiny_cfg):
     cfg = tiny_cfg(train_samples=2, eval_samples=1)
-    first, second = load_preferences(cfg), load_preferences(cfg)
+    first, second = (
+        pairs_of(cfg),
+        pairs_of(cfg),
+    )
     assert (len(first["train"]), len(first["test"])) == (2, 1)
     assert first["train"]["prompt"][:] == second["train"]["prompt"][:]
 
@@ -100,7 +102,7 @@ def test_rows_that_teach_nothing_are_left_out_and_told(tiny_cfg, tmp_path, capsy
     write_jsonl(tmp_path / "p" / "train.jsonl", rows)
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("D?", "Yes.", "No.")])
     cfg = tiny_cfg(dataset_name=str(tmp_path / "p"))
-    pairs = load_preferences(cfg)
+    pairs = pairs_of(cfg)
     assert [row["prompt"][0]["content"] for row in pairs["train"]] == ["C?"]
     assert "Left out 2 bad rows" in capsys.readouterr().out
     dropped = read_jsonl(cfg.run_dir / "dropped_rows.jsonl")
@@ -116,9 +118,9 @@ def test_bad_rows_can_be_an_error(tiny_cfg, tmp_path):
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("C?", "Yes.", "No.")])
     folder = str(tmp_path / "p")
     with pytest.raises(DataError, match=r"1 bad row.*train.jsonl:1, the two answers are the same"):
-        load_preferences(tiny_cfg(dataset_name=folder, on_bad_rows="error"))
+        pairs_of(tiny_cfg(dataset_name=folder, on_bad_rows="error"))
     with pytest.raises(DataError, match="none of the 1 rows of train is a usable pair"):
-        load_preferences(tiny_cfg(dataset_name=folder))
+        pairs_of(tiny_cfg(dataset_name=folder))
     with pytest.raises(ConfigError, match="on_bad_rows"):
         tiny_cfg(on_bad_rows="skip")
 
@@ -127,7 +129,7 @@ def test_pairs_of_one_prompt_are_held_out_together(tiny_cfg, tmp_path):
     rows = [explicit(f"Q{i // 3}?", f"Yes {i}.", "No.") for i in range(30)]
     write_jsonl(tmp_path / "p" / "train.jsonl", rows)
     cfg = tiny_cfg(dataset_name=str(tmp_path / "p"), test_split_size=0.3)
-    pairs = load_preferences(cfg)
+    pairs = pairs_of(cfg)
     prompts = {k: {r["prompt"][0]["content"] for r in v} for k, v in pairs.items()}
     assert (len(pairs["train"]), len(pairs["test"])) == (21, 9)
     assert not prompts["train"] & prompts["test"]
@@ -136,25 +138,25 @@ def test_pairs_of_one_prompt_are_held_out_together(tiny_cfg, tmp_path):
 def test_unknown_columns_are_named(tiny_cfg, tmp_path):
     write_jsonl(tmp_path / "p" / "train.jsonl", [{"query": "A?", "good": "b", "bad": "c"}] * 4)
     with pytest.raises(DataError, match=r"columns bad, good, query fit no known format"):
-        load_preferences(tiny_cfg(dataset_name=str(tmp_path / "p"), test_split_size=0.5))
+        pairs_of(tiny_cfg(dataset_name=str(tmp_path / "p"), test_split_size=0.5))
 
 
 def test_a_dataset_that_is_not_there_is_one_clear_error(tiny_cfg, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # spares the retries
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="cannot load dataset 'no/such-pairs'"):
-        load_preferences(tiny_cfg(dataset_name="no/such-pairs"))
+        pairs_of(tiny_cfg(dataset_name="no/such-pairs"))
 
 
 def test_missing_split_is_named(tiny_cfg):
-    with pytest.raises(ConfigError, match="no split 'train_prefs', only train, test"):
-        load_preferences(tiny_cfg(dataset_train_split="train_prefs"))
+    with pytest.raises(InputError, match="no split 'train_prefs', only train, test"):
+        pairs_of(tiny_cfg(dataset_train_split="train_prefs"))
 
 
 def test_lengths_count_the_template_and_the_end_of_turn(tiny_cfg, tiny_llama3):
     tokenizer = load_tokenizer(str(tiny_llama3))
-    pairs = load_preferences(tiny_cfg())["train"]
-    lengths = token_lengths(pairs, tokenizer)
+    pairs = pairs_of(tiny_cfg())["train"]
+    lengths = token_lengths(pairs)
     first = pairs[0]["chosen"][0]["content"]
     assert lengths["chosen"][0] == len(first.encode()) + 1  # bytes, and the end of turn
     assert list(length_table(lengths).columns) == ["median", "p95", "max"]

@@ -11,13 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import PAIRS, explicit, token_rows, write_jsonl
+from conftest import PAIRS, explicit, pairs_of, token_rows, write_jsonl
 from datasets import Dataset
 from huggingface_hub import constants
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from scripts.data import load_preferences
 from scripts.evaluate import (
     PARTIAL,
     evaluate,
@@ -129,7 +128,7 @@ def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
 
 def test_an_untrained_adapter_changes_nothing(tiny_run):
     trainer, cfg = tiny_run(ld_alpha=0.5)
-    figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    figures, frame = evaluate(trainer, cfg, pairs_of(cfg)["test"])
     assert (frame["base"] == frame["tuned"]).all()
     nothing = {"mean": 0, "low": 0, "high": 0, "prompts": 2}
     assert figures["shorter"] == figures["reward_margin"] == nothing
@@ -142,7 +141,7 @@ def test_an_untrained_adapter_changes_nothing(tiny_run):
 def test_base_loss_is_that_of_the_model_itself(tiny_run):
     """Replies picked greedily by the base: its loss per token, from its own log-softmax."""
     trainer, cfg = tiny_run()
-    test = load_preferences(cfg)["test"]
+    test = pairs_of(cfg)["test"]
     _, frame = evaluate(trainer, cfg, test)
     tokenizer = trainer.processing_class
     prompt = tokenizer.apply_chat_template(
@@ -166,7 +165,7 @@ def test_training_shows_in_the_figures_and_in_the_files(tiny_run, tmp_path):
     overrides = {"dataset_name": str(tmp_path / "p"), "max_steps": 10}
     trainer, cfg = tiny_run(**overrides)
     trainer.train()
-    figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    figures, frame = evaluate(trainer, cfg, pairs_of(cfg)["test"])
     assert trainer.data_collator.max_length == cfg.dpo.max_length
     assert (figures["prompts"], figures["pairs"]) == (6, 7)
     assert figures["reward_accuracy"]["mean"] == 1.0  # as good as seen in training
@@ -192,7 +191,7 @@ def test_evaluation_begins_without_what_training_has_let_go(tiny_run):
     blocks = [torch.ones(2**20) for _ in range(256)]
     del blocks
     held = process_gb()
-    evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    evaluate(trainer, cfg, pairs_of(cfg)["test"])
     assert process_gb() < held - 0.5
 
 
@@ -226,7 +225,11 @@ def test_replies_of_the_base_outlive_a_failure_of_the_tuned_model(tiny_run):
     layer = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_A["default"].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluate(trainer, cfg, load_preferences(cfg)["test"])
+        evaluate(
+            trainer,
+            cfg,
+            pairs_of(cfg)["test"],
+        )
     saved = [json.loads(line) for line in (cfg.run_dir / PARTIAL).read_text().splitlines()]
     assert [row["prompt"] for row in saved] == [prompt for prompt, *_ in PAIRS[4:]]
     assert all(row["base"] and row["base_length"] == 6 for row in saved)
@@ -265,7 +268,7 @@ def test_one_prompt_is_evaluated_without_an_interval(tiny_cfg, tmp_path):
 def test_pairs_that_the_trainer_leaves_out_are_no_pairs(tiny_cfg, tmp_path):
     """A prompt as long as `max_length` leaves no room for an answer, and TRL drops its pairs."""
     cfg = tiny_cfg(max_length=120, max_new_tokens=2)
-    pairs = load_preferences(cfg)
+    pairs = pairs_of(cfg)
     long = explicit("why " * 100, "No.", "Yes, and at length.")
     pairs["test"] = Dataset.from_list([long, *(explicit(*pair) for pair in PAIRS[4:])])
     run = assemble(cfg, pairs)
@@ -311,7 +314,7 @@ def test_questions_on_texts_are_checked_with_baselines_side_probes_and_win_rate(
         questions=str(questions), questions_level="plain", baselines=True, side_prompts=2,
         max_new_tokens=4,
     )  # fmt: skip
-    figures, frame = evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    figures, frame = evaluate(trainer, cfg, pairs_of(cfg)["test"])
     assert list(frame["question"]) == ["How much is the blue bag?", "Who sews it?"] * 2
     assert frame["prompt"][0] == "The blue bag costs 20 dollars.\n\nHow much is the blue bag?"
     # A random model says nothing of use; an untrained adapter changes nothing.
@@ -397,7 +400,7 @@ def test_a_gain_that_only_cut_off_replies_show_is_gone_where_both_finish():
 def test_aims_of_a_config_take_the_place_of_those_set_beforehand(tiny_run):
     aims = {"shorter": {"at_least": -1.0}, "finished": {"at_most": 0.1}, "no_such": {"at_least": 0}}
     trainer, cfg = tiny_run(aims=aims)
-    figures, _ = evaluate(trainer, cfg, load_preferences(cfg)["test"])
+    figures, _ = evaluate(trainer, cfg, pairs_of(cfg)["test"])
     assert set(figures["targets"]) == {"shorter at least -1", "finished at most 0.1"}
 
 

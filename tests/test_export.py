@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import token_rows
+from conftest import pairs_of, token_rows
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -32,7 +32,6 @@ from scripts.export import (
 )
 from scripts.model import load_tokenizer
 from scripts.pairs.provenance import weights_state
-from scripts.pairs.tokens import tokenize_pairs
 from scripts.probes import Probe, main_probe
 from scripts.proof import completion_logps, kept_replies, mean_gap, proof_table
 from scripts.run import summary
@@ -67,10 +66,8 @@ def quantized(sharp_base, tiny_run):
 
 def test_tokenised_rows_are_the_trainers(tiny_run):
     trainer, cfg = tiny_run()
-    tokenizer = load_tokenizer(cfg.model.model_name_or_path)
-    rows = tokenize_pairs(load_preferences(cfg)["test"].to_list(), tokenizer)
-    for mine, its in zip(rows, trainer.eval_dataset, strict=True):
-        assert mine == {name: its[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    for mine, its in zip(pairs_of(cfg)["test"], trainer.eval_dataset, strict=True):
+        assert all(mine[name] == its[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 # The merge

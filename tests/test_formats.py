@@ -6,14 +6,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BOT, EOT, write_jsonl
+from conftest import BOT, EOT, pairs_of, write_jsonl
 
 from scripts.config import parse_overrides
-from scripts.data import load_preferences
+from scripts.data import check_preferences, load_preferences
 from scripts.model import load_tokenizer
 from scripts.pairs.files import read_file
 from scripts.pairs.formats import detect, further_columns, to_pair
-from scripts.pairs.load import check_preferences
 from scripts.pairs.messages import BadRow
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
@@ -482,7 +481,7 @@ def test_only_the_columns_that_the_format_reads_are_used_up(tiny_cfg, tmp_path):
                 for i, r in enumerate(rows)]  # fmt: skip
         path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         cfg = tiny_cfg(dataset_name=str(path), test_split_size=0.5, dataset_format=name)
-        pairs = load_preferences(cfg)["train"]
+        pairs = pairs_of(cfg)["train"]
         assert set(pairs.column_names) == {"prompt", "chosen", "rejected"} | kept, name
         assert all(pairs[0][column] == row[column] for column in kept)
 
@@ -493,7 +492,7 @@ def test_further_columns_are_kept_where_they_have_one_type(tiny_cfg, tmp_path, c
         for i, mixed in enumerate([1, "two", 3, "four", 5, "six"])
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    pairs = load_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.3))
+    pairs = pairs_of(tiny_cfg(dataset_name=str(path), test_split_size=0.3))
     for split in pairs.values():
         for row in split:
             assert row["prompt"][0]["content"] == f"Q{row['facts'][0][0]}?"
@@ -599,7 +598,7 @@ def test_labels_and_answers_beside_pairs_are_no_sign_of_another_format(tiny_cfg,
         for i in range(4)
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    pairs = load_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
+    pairs = pairs_of(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
     assert len(pairs["train"]) == 2
     assert set(pairs["train"].column_names) == {"prompt", "chosen", "rejected", "label", "answers"}
 
@@ -725,6 +724,6 @@ def test_the_tools_of_an_openai_file_are_kept(tiny_cfg, tmp_path):
     row, _ = TWINS["openai"]
     rows = [row | {"input": row["input"] | {"tools": [tool]}}, row]
     path = write_jsonl(tmp_path / "a.jsonl", [rows[0], other(rows[1])])
-    pairs = load_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
+    pairs = pairs_of(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
     kept = [pair.get("tools") for split in pairs.values() for pair in split]
     assert [json.loads(tools) for tools in kept if tools] == [[tool]]

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import explicit, write_jsonl
+from conftest import explicit, pairs_of, write_jsonl
 from test_tokens import tokenizer_of, trl_rows
 
 from scripts import plan_memory
 from scripts.base import ROOT
 from scripts.config import load_config
-from scripts.data import load_preferences, require_pairs
+from scripts.data import check_preferences, load_preferences, require_pairs
 from scripts.model import load_tokenizer
-from scripts.pairs.load import check_preferences, held_out_count
-from scripts.pairs.report import covering_length, held_out_text, report_text
+from scripts.pairs.load import held_out_count
+from scripts.pairs.report import held_out_text, report_text
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated, tokenize_pairs
 from scripts.plan_memory import choose_max_length
@@ -210,7 +210,7 @@ def test_the_error_about_a_split_counts_that_split_alone(tiny_cfg, tmp_path):
     with pytest.raises(
         DataError, match=r"of test is a usable pair; 1 × an em.*first: test.jsonl:1"
     ):
-        load_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")))
+        pairs_of(tiny_cfg(dataset_name=str(tmp_path / "p")))
 
 
 WRONG = {
@@ -230,7 +230,7 @@ def test_what_the_trainer_refuses_the_preflight_refuses(name, tiny_cfg, tmp_path
     (tmp_path / name).write_bytes(content)
     cfg = tiny_cfg(dataset_name=str(tmp_path / name), use_cpu=True)
     with pytest.raises(DataError) as refused:
-        load_preferences(cfg)
+        pairs_of(cfg)
     assert told in str(refused.value)
     (line,) = dataset(cfg)
     assert line.status == FAIL and told in line.finding
@@ -289,8 +289,3 @@ def test_each_remark_on_wording_is_made_of_its_row_and_no_other(tiny_cfg, tmp_pa
     }
     assert report.bad() == [] and len(pairs["train"]) == len(REMARKS) + 3
     require_pairs(pairs, report)
-
-
-def test_covering_length_leaves_one_in_twenty():
-    lengths = np.array([[10, n, 1] for n in range(1, 101)])
-    assert covering_length(lengths) == 128  # 10 + 95, up to a multiple of 32

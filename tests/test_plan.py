@@ -27,7 +27,6 @@ from scripts import plan_memory
 from scripts.base import ROOT, RecipeError
 from scripts.benchmark import random_pairs
 from scripts.config import load_config
-from scripts.data import load_preferences
 from scripts.model import load_model, load_tokenizer, resolve_model
 from scripts.plan import (
     checkpoint_bytes,
@@ -111,7 +110,12 @@ def test_what_is_stored_is_what_a_loaded_model_stores(tiny_cfg, tiny_llama3):
     kept = stored(cfg, model_sizes(cfg))
     model = load_model(cfg, str(tiny_llama3))
     assert kept["weights"] == pytest.approx(model.get_memory_footprint(), rel=0.03)
-    trainer = build_trainer(cfg, model, load_tokenizer(str(tiny_llama3)), load_preferences(cfg))
+    trainer = build_trainer(
+        cfg,
+        model,
+        load_tokenizer(str(tiny_llama3)),
+        pairs_of(cfg),
+    )
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     adapter = sum(p.numel() * p.element_size() for p in trained)
     assert kept["adapter"] == kept["gradients"] == adapter

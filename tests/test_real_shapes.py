@@ -19,8 +19,8 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scripts.data import check_preferences
 from scripts.pairs.formats import detect
-from scripts.pairs.load import check_preferences
 from scripts.training import assemble
 
 N = 8  # rows of a file, unless it says otherwise

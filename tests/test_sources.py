@@ -12,20 +12,19 @@ import pytest
 from conftest import write_jsonl
 from datasets import Dataset, DatasetDict
 from pyarrow import feather
-from trl import ScriptArguments
 
-from scripts.config import Config, RecipeArguments
+from scripts.base import local_path
 from scripts.pairs.files import DataError, read_file
-from scripts.pairs.sources import local_path, looks_like_a_path, read_source
+from scripts.pairs.sources import Source, looks_like_a_path, read_source
 
 ROW = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
 LINE = (json.dumps(ROW) + "\n").encode()
 
 
 def read(name, **more) -> dict[str, list]:
-    script = ScriptArguments(dataset_name=str(name), **more)
-    source = read_source(Config(RecipeArguments(), script, model=None, dpo=None, given=more))
-    return {split: [row for _, row, _ in rows] for split, rows in source.items()}
+    train, test = read_source(Source(str(name), **more))
+    splits = {"train": train} | ({"test": test} if test is not None else {})
+    return {split: [row for _, row, _ in rows] for split, rows in splits.items()}
 
 
 def put(path, content: bytes):
@@ -100,9 +99,8 @@ def test_the_file_format_of_arrow_is_read_as_its_stream_is(tmp_path):
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
     for language in ("de", "en"):
         put(tmp_path / language / "pairs.jsonl", LINE)
-    script = ScriptArguments(dataset_name=str(tmp_path))
-    source = read_source(Config(RecipeArguments(), script, model=None, dpo=None, given={}))
-    assert [where for where, *_ in source["train"]] == ["de/pairs.jsonl:1", "en/pairs.jsonl:1"]
+    rows, _ = read_source(Source(str(tmp_path)))
+    assert [where for where, *_ in rows] == ["de/pairs.jsonl:1", "en/pairs.jsonl:1"]
 
 
 def test_a_split_that_is_not_used_is_told(tmp_path, capsys):
@@ -314,7 +312,7 @@ def test_the_configs_of_a_data_card_are_named_where_one_must_be_chosen(tmp_path)
         put(tmp_path / f"{name}.jsonl", LINE)
     with pytest.raises(DataError, match=r"set dataset_config to one of \['one', 'two'\]"):
         read(tmp_path)
-    assert read(tmp_path, dataset_config="two") == {"train": [ROW]}
+    assert read(tmp_path, config="two") == {"train": [ROW]}
 
 
 def test_a_data_card_decides_which_files_are_read(tmp_path, capsys):

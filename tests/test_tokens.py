@@ -18,8 +18,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer
 
+from scripts.data import check_preferences
 from scripts.pairs.generation import Unrepeated, generate_replies
-from scripts.pairs.load import check_preferences
 from scripts.pairs.tokens import end_tokens, templated, tokenize_pairs, tokenize_prompts
 
 CHATML = (

@@ -22,6 +22,7 @@ from scripts.pairs.similar import near
 from scripts.pairs.wording import breaks_off, encoding_problem, entity, script
 
 SIDES = ("prompt", "chosen", "rejected")
+PLACE = "_row"  # the column of a pair that says where it stands in its source
 
 
 class Kind(NamedTuple):
@@ -231,7 +232,7 @@ def _answer_problems(pair: dict[str, Messages]) -> Iterator[tuple]:
             yield "scores", f"{names[0]} {one:g} is below {names[1]} {other:g}"
 
 
-def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
+def repeats(pairs: list[dict]) -> Iterator[tuple[int, str, str]]:
     """Pairs that repeat or contradict an earlier one: (index, kind, detail).
 
     Rows are dropped for this, so it compares the texts as they are, outer white space aside: pairs
@@ -243,21 +244,21 @@ def repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, st
     for index, pair in enumerate(pairs):
         prompt, chosen, rejected = key = _pair_key(pair, _trimmed)
         if key in exact:
-            yield index, "duplicate", f"the same pair as {wheres[exact[key]]}"
+            yield index, "duplicate", f"the same pair as {pairs[exact[key]][PLACE]}"
             continue
         exact[key] = index
         first = near.setdefault(_pair_key(pair, normalised), index)
         if first != index:
-            yield index, "near_duplicate", f"nearly the same pair as {wheres[first]}"
+            yield index, "near_duplicate", f"nearly the same pair as {pairs[first][PLACE]}"
         if (prompt, rejected, chosen) in exact:
             other = exact[prompt, rejected, chosen]
             for one, two in ((other, index), (index, other)):
                 if one not in reported:
                     reported.add(one)
-                    yield one, "contradiction", f"the other way round in {wheres[two]}"
+                    yield one, "contradiction", f"the other way round in {pairs[two][PLACE]}"
 
 
-def near_repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, str, str]]:
+def near_repeats(pairs: list[dict]) -> Iterator[tuple[int, str, str]]:
     """Pairs that share nearly all of their words with an earlier one: (index, kind, detail).
 
     Those that are the same when normalised are left to `repeats`.
@@ -267,7 +268,7 @@ def near_repeats(pairs: list[dict], wheres: list[str]) -> Iterator[tuple[int, st
     texts = ("\n".join(_conversation(pair[s], normalised) for s in SIDES) for pair in pairs)
     for index, first in near(texts):
         if first_of[keys[index]] == index:
-            yield index, "near_duplicate", f"nearly the same pair as {wheres[first]}"
+            yield index, "near_duplicate", f"nearly the same pair as {pairs[first][PLACE]}"
 
 
 def _pair_key(pair: dict, form: Callable[[str], str]) -> tuple[int, ...]:
@@ -275,7 +276,7 @@ def _pair_key(pair: dict, form: Callable[[str], str]) -> tuple[int, ...]:
     return tuple(hash(_conversation(pair[side], form)) for side in SIDES)
 
 
-def prompt_key(pair: dict) -> str:
+def prompt_key(prompt: Messages) -> str:
     """What makes two prompts the same where a split is concerned: the normalised conversation, the
     system message aside.
 
@@ -283,19 +284,20 @@ def prompt_key(pair: dict) -> str:
     mistake it can make, to call two different prompts one, costs a training row; the opposite one
     would flatter the evaluation.
     """
-    talk = [m for m in pair["prompt"] if m["role"] != "system"]
-    return _conversation(talk, normalised)
+    return _conversation([m for m in prompt if m["role"] != "system"], normalised)
 
 
-def leaks(train: list[dict], held_out: list[dict], wheres: list[str]) -> Iterator[tuple]:
+def leaks(train: list[dict], held_out: list[dict]) -> Iterator[tuple]:
     """Training pairs whose prompt is held out as well: (index, kind, detail)."""
-    held = dict(zip(map(prompt_key, held_out), wheres, strict=True))
-    for index, pair in enumerate(train):
-        if prompt_key(pair) in held:
-            yield index, "leak", f"the prompt of {held[prompt_key(pair)]}, which is held out"
-    for index, first in near(map(prompt_key, train), map(prompt_key, held_out)):
-        if prompt_key(train[index]) not in held:
-            yield index, "near_leak", f"nearly the prompt of {wheres[first]}, which is held out"
+    keys, held_keys = ([prompt_key(p["prompt"]) for p in some] for some in (train, held_out))
+    held = {key: pair[PLACE] for key, pair in zip(held_keys, held_out, strict=True)}
+    for index, key in enumerate(keys):
+        if key in held:
+            yield index, "leak", f"the prompt of {held[key]}, which is held out"
+    for index, first in near(keys, held_keys):
+        if keys[index] not in held:
+            place = held_out[first][PLACE]
+            yield index, "near_leak", f"nearly the prompt of {place}, which is held out"
 
 
 def tool_problems(
@@ -322,33 +324,31 @@ def tool_problems(
         yield "tools_unseen", f"the chat template leaves out the tool {unseen[0]!r}"
 
 
-def token_problems(
-    ids: dict[str, list[int]], ends: set[int], max_length: int | None, mode: str
-) -> Iterator[tuple]:
-    """What is wrong with the tokens of one pair, and what the cut at `max_length` takes.
-
-    `ids` are the tokens of prompt, chosen and rejected as the trainer has them, `ends` those that
-    end a turn. `no_room` is TRL's own rule: its trainer leaves such a row out without a word.
-    """
-    prompt, chosen, rejected = (ids[side] for side in ("prompt", "chosen", "rejected"))
-    for side in ("chosen", "rejected"):
-        if not ends.intersection(ids[side][-3:]):  # a template may end with a line break
+def token_problems(ids: dict[str, list[int]], ends: set[int]) -> Iterator[tuple]:
+    """What is wrong with the tokens of one pair: `ids` are the trainer's, `ends` end a turn."""
+    chosen, rejected = ids["chosen_ids"], ids["rejected_ids"]
+    for side, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not ends.intersection(answer[-3:]):  # a template may end with a line break
             yield "unended", f"{side} ends without {' or '.join(map(str, sorted(ends)))}"
-    if max_length is not None and mode == "keep_start" and len(prompt) >= max_length:
-        yield "no_room", f"the prompt has {len(prompt)} tokens, max_length is {max_length}"
-        return
     if chosen == rejected:
         yield "equal", "the two answers are the same tokens"
-        return
-    longest = max(len(chosen), len(rejected))
-    if max_length is None or len(prompt) + longest <= max_length:
+
+
+def cut_problems(ids: dict[str, list[int]], max_length: int, mode: str) -> Iterator[tuple]:
+    """What the cut at `max_length` takes of a pair that is longer, as TRL's collator cuts.
+
+    `no_room` is TRL's own rule: its trainer leaves such a row out without a word.
+    """
+    prompt, chosen, rejected = (ids[f"{side}_ids"] for side in SIDES)
+    if mode == "keep_start" and len(prompt) >= max_length:
+        yield "no_room", f"the prompt has {len(prompt)} tokens, max_length is {max_length}"
         return
     room = max_length - len(prompt) if mode == "keep_start" else max_length
-    left = slice(room) if mode == "keep_start" else slice(-room, None)  # as TRL's collator cuts
+    left = slice(room) if mode == "keep_start" else slice(-room, None)
     if chosen[left] == rejected[left]:
         yield "cut_equal", f"the answers are the same in the {room} tokens that are left"
         return
-    lost = {s: len(prompt) + len(ids[s]) - max_length for s in ("chosen", "rejected")}
-    parts = ", ".join(f"{s} {n} of {len(ids[s])}" for s, n in lost.items() if n > 0)
+    lost = {s: len(prompt) + len(ids[f"{s}_ids"]) - max_length for s in ("chosen", "rejected")}
+    parts = ", ".join(f"{s} {n} of {len(ids[f'{s}_ids'])}" for s, n in lost.items() if n > 0)
     what = "end" if mode == "keep_start" else "beginning, the prompt first"
     yield "truncated", f"tokens lost at the {what}: {parts}"

@@ -12,17 +12,7 @@ from scripts.pairs.checks import KINDS, Report
 
 # A rule that looks at nothing but length should not do much better than a coin.
 MOSTLY_LENGTH = 0.7
-COVERED = 0.95  # of the pairs, by a max_length that is chosen from the data
 Z, WIDTH = 1.96, 0.10  # a 95% interval that reaches so far to either side is enough to tell
-
-
-def covering_length(lengths: np.ndarray) -> int:
-    """The `max_length` that leaves `COVERED` of the pairs uncut, up to a multiple of 32.
-
-    `lengths` is (pairs, 3): tokens of prompt, chosen and rejected.
-    """
-    longest = lengths[:, 0] + lengths[:, 1:].max(axis=1)
-    return 32 * math.ceil(np.percentile(longest, 100 * COVERED, method="higher") / 32)
 
 
 def held_out_text(prompts: int) -> str:

@@ -1,20 +1,16 @@
-"""Find the data that a config names, and read its rows by split: files, folders, addresses, the
-hub."""
+"""Find the data that a run names and read its rows by split: files, folders, URLs, the hub."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
-from trl import ScriptArguments
 
-from scripts.base import RecipeError
-from scripts.config import Config, ConfigError
-from scripts.config import local_path as local_path  # which readers of data take from here
-from scripts.hub import patiently
+from scripts.base import InputError, RecipeError, local_path
 from scripts.pairs.download import download, is_url
 from scripts.pairs.files import READ, SHEETS, DataError, Row, kind_of, read_file
 
@@ -27,25 +23,42 @@ SPLIT_WORDS = {
 ABOUT = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
 
-def read_source(cfg: Config) -> dict[str, list[Row]]:
-    """All rows of the dataset of `cfg`, by split: a file, a folder, an http(s) address of a file,
-    or a dataset on the hub.
+@dataclass(frozen=True)
+class Source:
+    """Preference data to read: where it is, and how its rows become pairs."""
+
+    name: str  # a file, a folder, an http(s) address, or a dataset on the hub
+    config: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    test: str = "test"
+    needs_test: bool = False  # `test` was asked for by name: nothing else will do
+    format: str = "auto"  # or a key of `formats.FORMATS`
+    columns: Mapping[str, str] = field(default_factory=dict)  # {their name: ours}
+    score_margin: float = 0.0
+    held_out: float | str = "auto"  # share of the prompts, where there is no test split
+    seed: int = 0
+
+
+def read_source(source: Source) -> tuple[list[Row], list[Row] | None]:
+    """All rows of the training split and of the test split (None: there is none).
 
     A folder's data card may name its splits. A single file is the training split. What is on this
-    machine, or has the form of a path, is never looked for on the hub. Without a `test` split, a
+    machine, or looks like a path, is never looked for on the hub. Without a `test` split, a
     `validation` split is the held-out one.
 
     Raises:
         DataError: there is no such data, or it cannot be read at all.
+        InputError: it has no split of that name.
     """
-    args, name = cfg.script, cfg.script.dataset_name
+    name = source.name
     if not name:
         raise DataError("dataset_name is not set: name a file, a folder or a hub dataset")
     local = download(name) if is_url(name) else local_path(name)
     if local is None and looks_like_a_path(name):
         raise DataError(f"there is no file or folder {name}; check dataset_name")
     try:
-        splits = _read_local(local, args) if local else _read_hub(name, cfg)
+        splits = _read_local(local, source) if local else _read_hub(source)
     except RecipeError:
         raise
     except Exception as error:  # each of the many loaders raises errors of its own
@@ -56,37 +69,34 @@ def read_source(cfg: Config) -> dict[str, list[Row]]:
             ) from None
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"cannot load dataset {name!r}: {reason}") from error
-    return _with_held_out(splits, args)
+    test = _held_out_split(list(splits), source)
+    return splits[source.train], splits.get(test)
 
 
-def require_splits(cfg: Config) -> None:
-    """Refuse splits that the data on this machine does not have, before any row of it is read.
-
-    Raises:
-        ConfigError: it names the nearest split that there is.
-    """
-    local = local_path(cfg.script.dataset_name)
-    if local and local.is_dir():
-        named_splits(cfg, list(_with_held_out(_files(local, cfg.script), cfg.script)))
-
-
-def named_splits(cfg: Config, splits: list[str]) -> tuple[str, str | None]:
-    """The training split of `splits`, and the test split: None if the data has none and the config
-    asks for none.
+def _held_out_split(splits: list[str], source: Source) -> str:
+    """The split to hold out, of those that the data has; `validation` stands in for `test`.
 
     Raises:
-        ConfigError: the config names another; a misspelt test split must not be made up for.
+        InputError: the data has no such training split, or not the test split asked for.
     """
-    train, test = cfg.script.dataset_train_split, cfg.script.dataset_test_split
-    asked = "dataset_test_split" in cfg.given
-    for key, split in {"dataset_train_split": train, "dataset_test_split": test}.items():
-        if split not in splits and (key == "dataset_train_split" or asked):
-            near = difflib.get_close_matches(split, splits, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"`{key}`: {cfg.script.dataset_name} has no split {split!r}, only "
-                f"{', '.join(splits)}; did you mean {near[0] if near else 'other data'!r}?"
+    asked = {"dataset_train_split": source.train}
+    asked |= {"dataset_test_split": source.test} if source.needs_test else {}
+    for key, split in asked.items():
+        if split not in splits:
+            near = difflib.get_close_matches(split, splits, n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"`{key}`: {source.name} has no split {split!r}, only {', '.join(splits)}; did "
+                f"you mean {near!r}?"
             )
-    return train, test if test in splits else None
+    others = [split for split in splits if split not in (source.train, source.test)]
+    if source.test in splits:
+        if others:
+            print(f"Splits that are not used: {', '.join(others)} (dataset_train_split names one).")
+        return source.test
+    test = next((s for s in others if s in SPLIT_WORDS["validation"]), source.test)
+    if test != source.test:
+        print(f"The split {test!r} is held out, as there is no 'test'.")
+    return test
 
 
 def looks_like_a_path(name: str) -> bool:
@@ -95,10 +105,10 @@ def looks_like_a_path(name: str) -> bool:
     return known or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
-def _read_local(path: Path, args: ScriptArguments) -> dict[str, list[Row]]:
+def _read_local(path: Path, source: Source) -> dict[str, list[Row]]:
     if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
-        return _by_split(load_from_disk(str(path)), args.dataset_train_split)  # `save_to_disk`
-    files = {args.dataset_train_split: [path]} if path.is_file() else _files(path, args)
+        return _by_split(load_from_disk(str(path)), source.train)  # `save_to_disk`
+    files = {source.train: [path]} if path.is_file() else _files(path, source)
     return {split: list(_rows_of(some, path)) for split, some in files.items()}
 
 
@@ -110,10 +120,9 @@ def _rows_of(files: list[Path], folder: Path) -> Iterator[Row]:
             yield str(above / where), row, problem
 
 
-def _read_hub(name: str, cfg: Config) -> dict[str, list[Row]]:
-    config, revision = cfg.script.dataset_config, cfg.recipe.dataset_revision
-    data = patiently(lambda: load_dataset(name, config, revision=revision))
-    return _by_split(data, cfg.script.dataset_train_split)
+def _read_hub(source: Source) -> dict[str, list[Row]]:
+    data = load_dataset(source.name, source.config, revision=source.revision)
+    return _by_split(data, source.train)
 
 
 def _by_split(data: Dataset | DatasetDict, train: str) -> dict[str, list[Row]]:
@@ -127,12 +136,12 @@ def _numbered(rows: Dataset, split: str) -> Iterator[Row]:
         yield f"{split}:{number}", row, ""
 
 
-def _files(folder: Path, args: ScriptArguments) -> dict[str, list[Path]]:
+def _files(folder: Path, source: Source) -> dict[str, list[Path]]:
     """The files behind each split of a folder: as its data card says, or by their names. Files
     beside them that look like data are told."""
     card = folder / "README.md"
     if card.is_file() and re.search(r"^configs:", card.read_text(errors="replace"), re.MULTILINE):
-        splits = load_dataset_builder(str(folder), args.dataset_config).config.data_files or {}
+        splits = load_dataset_builder(str(folder), source.config).config.data_files or {}
         return {str(split): [Path(str(f)) for f in files] for split, files in splits.items()}
     there = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ABOUT)
     there = [f for f in there if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
@@ -145,7 +154,7 @@ def _files(folder: Path, args: ScriptArguments) -> dict[str, list[Path]]:
         for split, words in SPLIT_WORDS.items()
     }
     splits = {split: files for split, files in splits.items() if files}
-    splits = splits or {args.dataset_train_split: usable}
+    splits = splits or {source.train: usable}
     used = {f for files in splits.values() for f in files}
     unread = [f for f in there if f not in used and kind_of(f) in (*READ, *SHEETS)]
     if unread:
@@ -172,20 +181,3 @@ def _split_words(path: Path) -> set[str]:
 
 def _words(path: Path) -> set[str]:
     return set(re.split(r"[^a-z]+", str(path).lower()))
-
-
-def _with_held_out(splits: dict[str, list[Row]], args: ScriptArguments) -> dict[str, list[Row]]:
-    """`splits`, in which a `validation` split stands in for a missing `test`."""
-    test = args.dataset_test_split
-    if test in splits:
-        unused = [split for split in splits if split not in (args.dataset_train_split, test)]
-        if unused and args.dataset_train_split in splits:
-            print(f"Splits that are not used: {', '.join(unused)} (dataset_train_split names one).")
-        return splits
-    if test != "test":  # it was asked for, and is refused by its name
-        return splits
-    name = next((s for s in splits if s in SPLIT_WORDS["validation"]), None)
-    if name and name != args.dataset_train_split:
-        print(f"The split {name!r} is held out, as there is no 'test'.")
-        splits[test] = splits.pop(name)
-    return splits

@@ -14,6 +14,7 @@ from trl.data_utils import common_prefix_length
 
 from scripts.pairs.checks import SIDES
 
+IDS = [f"{side}_ids" for side in SIDES]  # the columns of tokens, named as in TRL
 ANSWER = "Here is an answer"  # stands for any answer, to see what a template writes after it
 
 

@@ -171,6 +171,12 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         batch = self.data_collator(rows)
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """TRL's, which tokenises; pairs that have their tokens are taken as they are."""
+        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(dataset.column_names or ()):
+            return dataset
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
     def compute_ref_log_probs(self, model, inputs):
         """TRL's, log-probabilities only."""
         with log_probs_only():
