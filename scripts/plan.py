@@ -27,8 +27,8 @@ from transformers import PretrainedConfig
 from scripts.base import ROOT, InputError, local_path
 from scripts.config import Config, config_from_args
 from scripts.data import check_preferences
-from scripts.pairs.download import is_url
 from scripts.pairs.load import held_out_count
+from scripts.pairs.sources import is_url
 from scripts.plan_memory import (
     CONTEXT,
     GB,

@@ -9,13 +9,13 @@ import pytest
 from conftest import BOT, EOT, pairs_of, write_jsonl
 
 from scripts.config import parse_overrides
-from scripts.data import check_preferences, load_preferences
+from scripts.data import check_preferences
 from scripts.model import load_tokenizer
 from scripts.pairs.files import read_file
 from scripts.pairs.formats import detect, further_columns, to_pair
 from scripts.pairs.messages import BadRow
 from scripts.pairs.sources import DataError
-from scripts.pairs.tokens import templated
+from scripts.pairs.tokens import IDS, SIDES, templated
 
 
 def turns(*texts: str, system: str = "") -> list[dict]:
@@ -403,7 +403,7 @@ def test_columns_are_renamed_by_the_config(read, tmp_path, tiny_cfg):
     want = read(write_jsonl(tmp_path / "b.jsonl", [PLAIN, other(PLAIN)]))
     assert read(path, dataset_columns=names) == want
     with pytest.raises(DataError, match=r"renames 'goood'.*did you mean 'good'"):
-        load_preferences(
+        check_preferences(
             tiny_cfg(dataset_name=str(path), dataset_columns=names | {"goood": "chosen"})
         )
 
@@ -482,7 +482,7 @@ def test_only_the_columns_that_the_format_reads_are_used_up(tiny_cfg, tmp_path):
         path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         cfg = tiny_cfg(dataset_name=str(path), test_split_size=0.5, dataset_format=name)
         pairs = pairs_of(cfg)["train"]
-        assert set(pairs.column_names) == {"prompt", "chosen", "rejected"} | kept, name
+        assert set(pairs.column_names) == {*SIDES, *IDS} | kept, name
         assert all(pairs[0][column] == row[column] for column in kept)
 
 
@@ -600,7 +600,7 @@ def test_labels_and_answers_beside_pairs_are_no_sign_of_another_format(tiny_cfg,
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     pairs = pairs_of(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
     assert len(pairs["train"]) == 2
-    assert set(pairs["train"].column_names) == {"prompt", "chosen", "rejected", "label", "answers"}
+    assert set(pairs["train"].column_names) == {*SIDES, *IDS, "label", "answers"}
 
 
 def test_the_margin_of_scores_is_an_option(tiny_cfg, tmp_path):

@@ -4,10 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
-import time
 
-import datasets
-import pyarrow as pa
 import pytest
 from conftest import write_jsonl
 from datasets import Dataset, DatasetDict
@@ -34,9 +31,8 @@ def put(path, content: bytes):
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Downloads go here; and the hub must never be asked."""
-    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / "cache"))
+def no_hub(monkeypatch):
+    """The hub must never be asked."""
 
     def asked(name, *args, **kwargs):
         raise AssertionError(f"the hub was asked for {name}")
@@ -48,34 +44,40 @@ def cache(tmp_path, monkeypatch):
     ("name", "content"),
     [
         ("a.jsonl.gz", gzip.compress(LINE, mtime=0)),
-        ("a.JSONL", LINE),
         ("A.Json.GZ", gzip.compress(LINE, mtime=0)),
         ("a.ndjson.bz2", bz2.compress(LINE)),
         ("a.jsonl.xz", lzma.compress(LINE)),
-        ("packed all the same.jsonl", gzip.compress(LINE, mtime=0)),
-        ("a.CSV", b"prompt,chosen,rejected\nWhy?,So.,No.\n"),
-        ("semicolons.csv", b"prompt;chosen;rejected\r\nWhy?;So.;No.\r\n"),
-        ("excel.csv", b"sep=;\r\nprompt;chosen;rejected\r\nWhy?;So.;No.\r\n"),
-        ("tabs.csv", b"prompt\tchosen\trejected\nWhy?\tSo.\tNo.\n"),
-        ("a.TSV.gz", gzip.compress(b"prompt\tchosen\trejected\nWhy?\tSo.\tNo.\n", mtime=0)),
-        ("classic Mac.csv", b"prompt,chosen,rejected\rWhy?,So.,No.\r"),
+        ("a.JSONL", LINE),
+        ("utf16.jsonl", LINE.decode().encode("utf-16")),
         ("array.jsonl", json.dumps([ROW], indent=1).encode()),
-        ("array of a line.jsonl", json.dumps([ROW]).encode()),
+        ("lines.json", LINE),
+        ("data.json", json.dumps({"data": [ROW]}, indent=1).encode()),
         ("pandas.json", json.dumps({k: {"0": v} for k, v in ROW.items()}).encode()),
         ("columns.json", json.dumps({k: [v] for k, v in ROW.items()}).encode()),
-        ("utf16.csv", "prompt,chosen,rejected\nWhy?,So.,No.\n".encode("utf-16")),
-        ("utf16.jsonl", LINE.decode().encode("utf-16")),
+        ("a.CSV", b"prompt,chosen,rejected\nWhy?,So.,No.\n"),
+        ("excel.csv", "\ufeffprompt;chosen;rejected\r\nWhy?;So.;No.\r\n".encode()),
+        ("a.TSV.gz", gzip.compress(b"prompt\tchosen\trejected\nWhy?\tSo.\tNo.\n", mtime=0)),
     ],
 )
 def test_a_file_is_read_whatever_it_is_packed_or_written_in(name, content, tmp_path):
     assert read(put(tmp_path / name, content)) == {"train": [ROW]}
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_objects_of_several_lines_one_after_another_are_rows(name, tmp_path):
-    rows = [ROW | {"n": n} for n in range(3)]
-    path = put(tmp_path / name, b"\n".join(json.dumps(row, indent=2).encode() for row in rows))
-    assert list(read_file(path)) == [(f"{name}:{n + 1}", row, "") for n, row in enumerate(rows)]
+def test_tables_are_read_from_parquet_and_arrow(tmp_path):
+    table = Dataset.from_list([ROW])
+    table.to_parquet(tmp_path / "a.parquet")
+    feather.write_feather(table.data.table, tmp_path / "a.arrow")
+    for name in ("a.parquet", "a.arrow"):
+        assert list(read_file(tmp_path / name)) == [(f"{name}:1", ROW, "")]
+
+
+def test_a_bad_line_is_named_and_the_others_are_read(tmp_path):
+    path = put(tmp_path / "a.jsonl", LINE + b"\n{'no': 1}\n\xff\n[1]\n" + LINE)
+    told = [(where, row is None, problem[:8]) for where, row, problem in read_file(path)]
+    assert told == [
+        ("a.jsonl:1", False, ""), ("a.jsonl:3", True, "not JSON"), ("a.jsonl:4", True, "not UTF-"),
+        ("a.jsonl:5", True, "not an o"), ("a.jsonl:6", False, ""),
+    ]  # fmt: skip
 
 
 def test_one_row_of_messages_in_json_is_one_row_and_not_columns(tmp_path):
@@ -84,71 +86,31 @@ def test_one_row_of_messages_in_json_is_one_row_and_not_columns(tmp_path):
         assert read(put(tmp_path / name, json.dumps(row).encode())) == {"train": [row]}
 
 
-def test_an_empty_cell_that_python_wrote_as_nan_is_a_null(tmp_path):
-    row = ROW | {"system": float("nan")}
-    for name, content in (("a.jsonl", row), ("a.json", [row])):
-        path = put(tmp_path / name, json.dumps(content).encode())
-        assert read(path)["train"] == [ROW | {"system": None}]
-
-
-def test_the_file_format_of_arrow_is_read_as_its_stream_is(tmp_path):
-    feather.write_feather(pa.Table.from_pylist([ROW]), tmp_path / "a.arrow")
-    assert read(tmp_path / "a.arrow") == {"train": [ROW]}
-
-
-def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    for language in ("de", "en"):
-        put(tmp_path / language / "pairs.jsonl", LINE)
-    rows, _ = read_source(Source(str(tmp_path)))
-    assert [where for where, *_ in rows] == ["de/pairs.jsonl:1", "en/pairs.jsonl:1"]
-
-
-def test_a_split_that_is_not_used_is_told(tmp_path, capsys):
-    for name in ("train", "test", "validation"):
-        put(tmp_path / f"{name}.jsonl", LINE)
-    read(tmp_path)
-    assert "Splits that are not used: validation" in capsys.readouterr().out
-
-
-def test_windows_1252_is_read_and_said(tmp_path, capsys):
-    text = "prompt;chosen;rejected\nWie heißt „Müller“?;Größe für Käse – 5 €.;Café, naïve.\n"
-    rows = read(put(tmp_path / "a.csv", text.encode("cp1252")))["train"]
-    assert rows[0]["prompt"] == "Wie heißt „Müller“?"
-    assert rows[0]["chosen"] == "Größe für Käse – 5 €."
-    assert "a.csv is not UTF-8 and is read as Windows-1252" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        "prompt,chosen,rejected\nПочему?,Так надо.,Нет.\n".encode("cp1251"),
-        "prompt,chosen,rejected\nZażółć gęślą?,Tak są.,Nie.\n".encode("cp1250"),
-        "prompt,chosen,rejected\n为什么?,因为.,不.\n".encode("gb18030"),
-        "prompt,chosen,rejected\nKäse?,So.,".encode() + b"Na\xefve.\n",  # one bad byte in UTF-8
-    ],
-)
-def test_what_is_neither_is_left_for_the_checks_to_find(raw, tmp_path):
-    (row,) = read(put(tmp_path / "a.csv", raw))["train"] or [{}]
-    assert "\ufffd" in "".join(map(str, row.values()))
+def test_cells_of_a_csv_stay_text_and_an_empty_json_cell_is_null(tmp_path):
+    path = put(tmp_path / "a.csv", b'prompt,chosen,rejected\n"1,\n2",NA,\n')
+    assert list(read_file(path)) == [
+        ("a.csv:2", {"prompt": "1,\n2", "chosen": "NA", "rejected": ""}, "")
+    ]
+    path = put(tmp_path / "a.jsonl", json.dumps(ROW | {"system": float("nan")}).encode())
+    assert read(path)["train"] == [ROW | {"system": None}]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.xlsx", b"PK\x03\x04", r"a.xlsx is .xlsx by its name.*save the sheet as CSV"),
-        ("a.zip", b"PK\x03\x04", "unpack it"),
-        ("a.txt", b"Why? So.", r"write it as one of .jsonl, .json"),
-        ("pairs", LINE, "of no format by its name"),
-        (
-            "cut.jsonl.gz",
-            gzip.compress(LINE * 99, mtime=0)[:-20],
-            "damaged or cannot be read.*copy it anew",
-        ),
-        ("a.parquet", b"PAR1 not at all", "damaged, or no .parquet file"),
+        ("a.xlsx", b"PK\x03\x04", r"a.xlsx is none of .*save a spreadsheet as CSV"),
+        ("a.zip", b"PK\x03\x04", "unpack an archive"),
+        ("cut.jsonl.gz", gzip.compress(LINE * 99, mtime=0)[:-20], "damaged or cannot be read"),
+        ("a.parquet", b"PAR1 not at all", "damaged or cannot be read"),
         ("a.json", b"{", "a.json is not valid JSON"),
-        ("a.csv", b"prompt,chosen,rejected,chosen\nWhy?,So.,No.,\n", "two columns 'chosen'"),
-        ("a.json", b'{"train": [{}], "test": [{}]}', r"several lists \(train, test\); write each"),
-        ("a.json", b"3", "not a list of rows but int"),
+        ("a.json", b'{"train": [{}], "test": [{}]}', "several splits; write each"),
+        ("a.csv", b"prompt,chosen\nWhy?,So.\nWhy?,So.,No.,No.\n", "not CSV: .* line 3"),
+        (
+            "a.csv",
+            "prompt,chosen\nKäse?,So.\n".encode("cp1252"),
+            "not UTF-8.*Excel: CSV UTF-8",
+        ),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid 1\n", "git lfs pull"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_with_the_way_out(name, content, told, tmp_path):
@@ -156,33 +118,17 @@ def test_a_file_that_cannot_be_read_is_told_with_the_way_out(name, content, told
         read(put(tmp_path / name, content))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
-def test_a_git_lfs_pointer_is_told_as_one(name, tmp_path):
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
-    put(tmp_path / "folder" / name, pointer)
-    for path in (tmp_path / "folder", tmp_path / "folder" / name):
-        with pytest.raises(DataError, match=r"a Git-LFS pointer, not the data.*git lfs pull"):
-            read(path)
-
-
-def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
-    put(tmp_path / "mine" / "a.jsonl", LINE)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert read("~/mine/a.jsonl") == {"train": [ROW]}
-
-
 def test_what_has_the_form_of_a_path_never_becomes_a_hub_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "org" / "name", b"a file without a suffix")
-    begun = time.monotonic()
-    put(tmp_path / "pairs.gz", gzip.compress(LINE))
-    names = ("org/name", "pairs.gz", "no.jsonl", "./no", "~/no", "~nobody/no", "/no/such", "a/b/c")
-    for name in (*names, "no.csv.gz", "C:\\no"):
-        with pytest.raises(DataError, match=r"there is no file or folder|by its name"):
+    for name in ("org/name", "pairs.gz", "no.jsonl", "./no", "~nobody/no", "/no/such", "C:\\no"):
+        with pytest.raises(DataError, match=r"there is no file or folder|is none of"):
             read(name)
-    assert time.monotonic() - begun < 2
     assert local_path("org/name") is not None
     assert not looks_like_a_path("Intel/orca_dpo_pairs") and not looks_like_a_path("imdb")
+    put(tmp_path / "mine" / "a.jsonl", LINE)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("~/mine/a.jsonl") == {"train": [ROW]}
 
 
 def test_a_folder_saved_by_datasets_is_read_of_one_split_or_several(tmp_path):
@@ -199,108 +145,65 @@ def test_a_folder_saved_by_datasets_is_read_of_one_split_or_several(tmp_path):
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
 def test_a_validation_split_is_held_out_and_said(name, tmp_path, capsys):
     put(tmp_path / "train.jsonl", LINE)
-    put(tmp_path / f"{name}.JSONL.gz", gzip.compress(LINE * 2))
+    put(tmp_path / f"{name}.jsonl", LINE * 2)
     assert read(tmp_path) == {"train": [ROW], "test": [ROW] * 2}
     assert "is held out, as there is no 'test'" in capsys.readouterr().out
     put(tmp_path / "eval.jsonl", LINE)
     assert len(read(tmp_path)["test"]) == 1  # one by that name comes first
+    assert "Splits that are not used: validation" in capsys.readouterr().out
 
 
-def test_the_other_files_of_a_folder_are_told(tmp_path, capsys):
-    for name in ("train.jsonl", "more.jsonl", "old.csv", "sheet.xlsx", "notes.md", ".hidden.jsonl"):
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path, capsys):
+    for name in ("train.jsonl", "more.jsonl", "notes.md", ".hidden.jsonl"):
         put(tmp_path / name, LINE)
     assert read(tmp_path) == {"train": [ROW]}
-    told = capsys.readouterr().out
-    assert "read train.jsonl; NOT read: more.jsonl, old.csv, sheet.xlsx (" in told
-    (tmp_path / "train.jsonl").unlink()
-    (tmp_path / "old.csv").write_bytes(b"prompt,chosen,rejected\nWhy?,So.,No.\n")
-    assert read(tmp_path) == {"train": [ROW, ROW]}  # without split names, all are for training
-    assert "NOT read: sheet.xlsx (" in capsys.readouterr().out
+    assert "1 files read; NOT read: more.jsonl (" in capsys.readouterr().out
 
 
-def test_a_folder_of_one_kind_of_file_says_nothing(tmp_path, capsys):
-    put(tmp_path / "data" / "train-00000.jsonl", LINE)
-    put(tmp_path / "data" / "train-00001.jsonl", LINE)
-    assert read(tmp_path) == {"train": [ROW, ROW]}
-    assert capsys.readouterr().out == ""
-
-
-def test_a_name_that_tells_two_splits_is_refused_and_the_files_own_name_comes_first(tmp_path):
-    put(tmp_path / "test set" / "train.jsonl", LINE)
-    put(tmp_path / "test set" / "dev.jsonl", LINE * 2)
-    assert read(tmp_path) == {"train": [ROW], "test": [ROW] * 2}
-    put(tmp_path / "train_and_test.jsonl", LINE)
-    with pytest.raises(DataError, match=r"train_and_test.jsonl has test and train in its name"):
-        read(tmp_path)
+def test_files_without_a_split_in_their_names_are_for_training(tmp_path, capsys):
+    for language in ("de", "en"):
+        put(tmp_path / language / "pairs.jsonl", LINE)
+    rows, test = read_source(Source(str(tmp_path)))
+    assert [where for where, *_ in rows] == ["de/pairs.jsonl:1", "en/pairs.jsonl:1"]
+    assert test is None and capsys.readouterr().out == ""
 
 
 def test_a_folder_without_data_is_told(tmp_path):
-    with pytest.raises(DataError, match=r"has nothing, and no file of .jsonl"):
-        read(tmp_path)
     put(tmp_path / "a.xlsx", b"PK")
-    with pytest.raises(DataError, match=r"has a.xlsx, and no file of .jsonl"):
+    with pytest.raises(DataError, match=r"has no file of .jsonl"):
         read(tmp_path)
 
 
 def test_an_address_is_downloaded_each_time(loopback):
-    served = {
-        "/d/a%20b.jsonl": LINE,
-        "/d/c.csv.gz": gzip.compress(b"prompt,chosen,rejected\n1,2,3\n"),
-    }
+    served = {"/d/a%20b.jsonl": LINE, "/d/c.csv.gz": gzip.compress(b"prompt,chosen\n1,2\n")}
     url = loopback(lambda path, body: (200, {}, served[path.partition("?")[0]]))
     assert read(f"{url}/d/a%20b.jsonl?raw=true") == {"train": [ROW]}
     served["/d/a%20b.jsonl"] = LINE * 2
     assert read(f"{url}/d/a%20b.jsonl?raw=true") == {"train": [ROW] * 2}
-    assert read(f"{url}/d/c.csv.gz")["train"] == [{"prompt": "1", "chosen": "2", "rejected": "3"}]
+    assert read(f"{url}/d/c.csv.gz")["train"] == [{"prompt": "1", "chosen": "2"}]
 
 
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
-        ((404, {}, b"no"), "the server said 404"),
-        ((500, {}, b"no"), "the server said 500"),
-        ((200, {"Content-Length": "999"}, LINE), "cannot download .*try again, or copy it here"),
+        ((404, {}, b"no"), "cannot download"),
+        ((200, {"Content-Length": "999"}, LINE), "cannot download"),
         ((200, {}, b"\n<!DOCTYPE html><html>Sign in</html>"), "is a web page, not a data file"),
     ],
 )
-def test_a_download_that_fails_leaves_nothing_that_could_be_taken_for_data(
-    answer, told, loopback, tmp_path
-):
+def test_a_download_that_fails_is_one_line(answer, told, loopback):
     url = loopback(lambda path, body: answer)
     with pytest.raises(DataError, match=told):
         read(f"{url}/a.jsonl")
-    assert [f for f in (tmp_path / "cache").rglob("*") if f.is_file()] == []
 
 
 def test_addresses_that_cannot_be_a_file_are_refused_before_they_are_asked():
     with pytest.raises(DataError, match="a page of the hub; set dataset_name=org/name"):
         read("https://huggingface.co/datasets/org/name/tree/main")
-    with pytest.raises(DataError, match="of no format by its name"):
+    with pytest.raises(DataError, match="is none of"):
         read("http://127.0.0.1:9/download?id=7")
-    with pytest.raises(DataError, match="names no file"):
-        read("http://127.0.0.1:9/")
     with pytest.raises(DataError, match="dataset_name is not set"):
         read("")
-    for name in ("http://127.0.0.1:9/a.jsonl", "http://127.0.0.1:9/" + 300 * "a" + ".jsonl"):
-        with pytest.raises(DataError, match="cannot download"):
-            read(name)
-    with pytest.raises(DataError, match="is no address"):
-        read("http://[::1/a.jsonl")
-
-
-def test_a_download_that_finds_no_room_in_the_cache_is_told(loopback, tmp_path, monkeypatch):
-    url = loopback(lambda path, body: (200, {}, LINE))
-    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(put(tmp_path / "file", b"")))
-    with pytest.raises(DataError, match=r"cannot download.*Not a directory"):
-        read(f"{url}/a.jsonl")
-
-
-def test_rows_of_a_table_have_their_file_and_number(tmp_path):
-    Dataset.from_list([ROW, ROW]).to_parquet(tmp_path / "a.parquet")
-    assert [where for where, *_ in read_file(tmp_path / "a.parquet")] == [
-        "a.parquet:1",
-        "a.parquet:2",
-    ]
 
 
 def test_the_configs_of_a_data_card_are_named_where_one_must_be_chosen(tmp_path):
@@ -321,4 +224,4 @@ def test_a_data_card_decides_which_files_are_read(tmp_path, capsys):
     card = "---\nconfigs:\n- config_name: default\n  data_files:\n"
     (tmp_path / "README.md").write_text(card + "  - {split: train, path: mine.jsonl}\n---\n")
     assert read(tmp_path) == {"train": [ROW]}
-    assert capsys.readouterr().out == ""
+    assert "NOT read: train.jsonl (" in capsys.readouterr().out

@@ -76,7 +76,8 @@ def read_pairs(
     if test is not None:
         found = leaks(good["train"], good["test"])
         good["train"] = _without(good["train"], "train", found, report)
-    columns = list(dict.fromkeys(key for rows in good.values() for pair in rows for key in pair))
+    columns = dict.fromkeys(key for rows in good.values() for pair in rows for key in pair)
+    columns = list(columns | {PLACE: None})  # also where no row is left
     pairs = DatasetDict({split: _as_dataset(rows, columns) for split, rows in good.items()})
     if tokenizer:
         ends = end_tokens(tokenizer, _generation_config(tokenizer))

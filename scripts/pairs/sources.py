@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
+import requests
 from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 
-from scripts.base import InputError, RecipeError, local_path
-from scripts.pairs.download import download, is_url
-from scripts.pairs.files import READ, SHEETS, DataError, Row, kind_of, read_file
+from scripts.base import InputError, RecipeError, local_path, one_line
+from scripts.pairs.files import READ, DataError, Row, kind_of, read_file, require_known
 
-# A file of a folder belongs to the split that its name has a word of, as on the hub.
-SPLIT_WORDS = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
-ABOUT = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+PATIENCE = (10, 60)  # seconds to connect, and for each piece to come
+PAGES = (b"<!doctype html", b"<html")
+VALIDATION = ("validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,14 @@ def read_source(source: Source) -> tuple[list[Row], list[Row] | None]:
     name = source.name
     if not name:
         raise DataError("dataset_name is not set: name a file, a folder or a hub dataset")
-    local = download(name) if is_url(name) else local_path(name)
-    if local is None and looks_like_a_path(name):
+    local = None if is_url(name) else local_path(name)
+    if local is None and not is_url(name) and looks_like_a_path(name):
         raise DataError(f"there is no file or folder {name}; check dataset_name")
     try:
-        splits = _read_local(local, source) if local else _read_hub(source)
+        if is_url(name):
+            splits = {source.train: _read_url(name)}
+        else:
+            splits = _read_local(local, source) if local else _read_hub(source)
     except RecipeError:
         raise
     except Exception as error:  # each of the many loaders raises errors of its own
@@ -67,8 +67,7 @@ def read_source(source: Source) -> tuple[list[Row], list[Row] | None]:
             raise DataError(
                 f"{name} has several configs; set dataset_config to one of {there}"
             ) from None
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"cannot load dataset {name!r}: {reason}") from error
+        raise DataError(f"cannot load dataset {name!r}: {one_line(error)}") from error
     test = _held_out_split(list(splits), source)
     return splits[source.train], splits.get(test)
 
@@ -93,21 +92,47 @@ def _held_out_split(splits: list[str], source: Source) -> str:
         if others:
             print(f"Splits that are not used: {', '.join(others)} (dataset_train_split names one).")
         return source.test
-    test = next((s for s in others if s in SPLIT_WORDS["validation"]), source.test)
+    test = next((s for s in others if s in VALIDATION), source.test)
     if test != source.test:
         print(f"The split {test!r} is held out, as there is no 'test'.")
     return test
 
 
+def is_url(name: str) -> bool:
+    """Whether `name` is an http or https address."""
+    return name.lower().startswith(("http://", "https://"))
+
+
 def looks_like_a_path(name: str) -> bool:
     """Whether `name` cannot be meant for a dataset on the hub, `NAME` or `OWNER/NAME`."""
-    known = kind_of(name) in (*READ, *SHEETS) or Path(name.lower()).suffix in (".gz", ".zip")
+    known = kind_of(name) in READ or Path(name.lower()).suffix in (".gz", ".zip", ".xlsx")
     return known or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def _read_url(url: str) -> list[Row]:
+    """The rows of the file at `url`, which is fetched anew each time."""
+    parts = urlsplit(url)
+    name = PurePosixPath(unquote(parts.path)).name
+    if parts.hostname == "huggingface.co" and "/resolve/" not in parts.path:
+        dataset = "/".join(parts.path.split("/")[2:4])
+        raise DataError(f"{url} is a page of the hub; set dataset_name={dataset}")
+    require_known(name)
+    try:
+        response = requests.get(url, timeout=PATIENCE)
+        response.raise_for_status()
+    except (OSError, ValueError) as error:  # what those of requests derive from
+        raise DataError(f"cannot download {url}: {one_line(error)}") from None
+    if response.content[:200].lstrip().lower().startswith(PAGES):
+        raise DataError(f"{url} is a web page, not a data file; give the raw file's address")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(response.content)
+        return list(read_file(path))
 
 
 def _read_local(path: Path, source: Source) -> dict[str, list[Row]]:
     if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
-        return _by_split(load_from_disk(str(path)), source.train)  # `save_to_disk`
+        return _by_split(load_from_disk(str(path)), source.train)  # of `save_to_disk`
     files = {source.train: [path]} if path.is_file() else _files(path, source)
     return {split: list(_rows_of(some, path)) for split, some in files.items()}
 
@@ -115,9 +140,9 @@ def _read_local(path: Path, source: Source) -> dict[str, list[Row]]:
 def _rows_of(files: list[Path], folder: Path) -> Iterator[Row]:
     """The rows of `files`; two of one name in different folders are told apart by their places."""
     for file in files:
-        above = file.relative_to(folder).parent if file.is_relative_to(folder) else Path()
-        for where, row, problem in read_file(file):
-            yield str(above / where), row, problem
+        inside = file != folder and file.resolve().is_relative_to(folder.resolve())
+        name = str(file.resolve().relative_to(folder.resolve())) if inside else file.name
+        yield from read_file(file, name)
 
 
 def _read_hub(source: Source) -> dict[str, list[Row]]:
@@ -128,56 +153,23 @@ def _read_hub(source: Source) -> dict[str, list[Row]]:
 def _by_split(data: Dataset | DatasetDict, train: str) -> dict[str, list[Row]]:
     """The rows of what `datasets` loaded; a dataset without splits is the training split."""
     splits = data if isinstance(data, DatasetDict) else {train: data}
-    return {str(split): list(_numbered(rows, split)) for split, rows in splits.items()}
-
-
-def _numbered(rows: Dataset, split: str) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=1):
-        yield f"{split}:{number}", row, ""
+    return {
+        str(split): [(f"{split}:{n}", row, "") for n, row in enumerate(rows, start=1)]
+        for split, rows in splits.items()
+    }
 
 
 def _files(folder: Path, source: Source) -> dict[str, list[Path]]:
-    """The files behind each split of a folder: as its data card says, or by their names. Files
-    beside them that look like data are told."""
-    card = folder / "README.md"
-    if card.is_file() and re.search(r"^configs:", card.read_text(errors="replace"), re.MULTILINE):
-        splits = load_dataset_builder(str(folder), source.config).config.data_files or {}
-        return {str(split): [Path(str(f)) for f in files] for split, files in splits.items()}
-    there = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ABOUT)
-    there = [f for f in there if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
-    usable = [f for f in there if kind_of(f) in READ]
-    if not usable:
-        names = ", ".join(f.name for f in there[:5]) or "nothing"
-        raise DataError(f"{folder} has {names}, and no file of {', '.join(READ)}")
-    splits = {
-        split: [f for f in usable if words & _split_words(f.relative_to(folder))]
-        for split, words in SPLIT_WORDS.items()
-    }
-    splits = {split: files for split, files in splits.items() if files}
-    splits = splits or {source.train: usable}
-    used = {f for files in splits.values() for f in files}
-    unread = [f for f in there if f not in used and kind_of(f) in (*READ, *SHEETS)]
+    """The files behind each split of a folder, as `datasets` tells them: by its data card or by
+    their names. Other data files in it are named in a line."""
+    there = sorted(f for f in folder.rglob("*") if f.is_file() and kind_of(f) in READ)
+    if not there:
+        raise DataError(f"{folder} has no file of {', '.join(READ)}")
+    found = load_dataset_builder(str(folder), source.config).config.data_files or {}
+    splits = {str(s): [Path(f) for f in files if kind_of(f) in READ] for s, files in found.items()}
+    used = {f.resolve() for files in splits.values() for f in files}
+    unread = [f for f in there if f.resolve() not in used and f.name[0] not in "._"]
     if unread:
         names = ", ".join(str(f.relative_to(folder)) for f in unread[:5])
-        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
-        read = ", ".join(str(f.relative_to(folder)) for f in sorted(used)[:5])
-        print(f"{folder}: read {read}; NOT read: {names}{more} (no split in the name, or no data).")
+        print(f"{folder}: {len(used)} files read; NOT read: {names} (no split in the name).")
     return splits
-
-
-def _split_words(path: Path) -> set[str]:
-    """The words of a file's name that name a split, else those of its folders.
-
-    Raises:
-        DataError: they name several splits.
-    """
-    known = set().union(*SPLIT_WORDS.values())
-    words = known & _words(Path(path.name)) or known & _words(path.parent)
-    if sum(bool(words & some) for some in SPLIT_WORDS.values()) > 1:
-        names = " and ".join(sorted(words))
-        raise DataError(f"{path} has {names} in its name; rename it after one split, or neither")
-    return words
-
-
-def _words(path: Path) -> set[str]:
-    return set(re.split(r"[^a-z]+", str(path).lower()))
