@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from scripts.base import ROOT, RecipeError, write_whole
+from scripts.base import ROOT, RecipeError, local_path, write_whole
 from scripts.checkpoints import (
     HELD_BY_PARENT,
     checkpoints,
@@ -25,7 +25,7 @@ from scripts.checkpoints import (
     refuse_another,
     run_settings,
 )
-from scripts.config import Config, local_path
+from scripts.config import Config
 from scripts.hub import dataset_commit
 from scripts.pairs.provenance import weights_state
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import pairs_of
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -110,12 +111,7 @@ def test_what_is_stored_is_what_a_loaded_model_stores(tiny_cfg, tiny_llama3):
     kept = stored(cfg, model_sizes(cfg))
     model = load_model(cfg, str(tiny_llama3))
     assert kept["weights"] == pytest.approx(model.get_memory_footprint(), rel=0.03)
-    trainer = build_trainer(
-        cfg,
-        model,
-        load_tokenizer(str(tiny_llama3)),
-        pairs_of(cfg),
-    )
+    trainer = build_trainer(cfg, model, load_tokenizer(str(tiny_llama3)), pairs_of(cfg))
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     adapter = sum(p.numel() * p.element_size() for p in trained)
     assert kept["adapter"] == kept["gradients"] == adapter

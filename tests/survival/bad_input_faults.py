@@ -193,10 +193,11 @@ def _build(**options: object) -> None:
 
 def _split(**values: str) -> None:
     """A misspelt split of data that is here names those that there are."""
-    from scripts.pairs.sources import require_splits
+    from scripts.data import source_of
+    from scripts.pairs.sources import read_source
 
     cfg = load_config(DEFAULT, values)
-    refused(lambda: require_splits(cfg), *values.values())
+    refused(lambda: read_source(source_of(cfg)), *values.values())
 
 
 def _taken(*pairs: str) -> None:
