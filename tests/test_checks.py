@@ -11,10 +11,9 @@ from conftest import explicit, write_jsonl
 from scripts.base import ROOT
 from scripts.data import check_preferences, load_preferences
 from scripts.model import load_tokenizer
-from scripts.pairs.checks import KINDS
+from scripts.pairs.checks import KINDS, breaks_off, entity, near
 from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.report import by_kind, length_bias, report_text
-from scripts.pairs.sources import read_file
 
 MAX_LENGTH = 160
 YES, NO = "Yes, it is.", "That is debated."
@@ -298,34 +297,6 @@ def test_the_command_says_it_all_and_fails_when_bad_rows_are_an_error(
     assert "correct them, or set on_bad_rows: drop" in done.stderr
 
 
-def test_rows_of_a_csv_are_told_by_their_line_also_after_empty_ones(tmp_path):
-    path = tmp_path / "a.csv"
-    lines = [
-        b"",
-        b"prompt,chosen,rejected",
-        b"",
-        b'"Two\n\nlines?",Yes.,No.',
-        b"",
-        b"\r",
-        b"Too,many,cells,here",
-        b"Caf\xe9\x81?,Yes.,No.",
-        b"Too few,Yes.",
-        b"",
-    ]
-    path.write_bytes(b"\n".join(lines))
-    rows = list(read_file(path))
-    begins = [b'"Two', b"Too,", b"Caf", b"Too few"]
-    numbered = list(enumerate(path.read_bytes().split(b"\n"), start=1))
-    at = [n for begin in begins for n, text in numbered if text.startswith(begin)]
-    assert [where for where, *_ in rows] == [f"a.csv:{n}" for n in at] == [
-        "a.csv:4", "a.csv:9", "a.csv:10", "a.csv:11"
-    ]  # fmt: skip
-    assert rows[0][1]["prompt"] == "Two\n\nlines?"
-    assert rows[1][1:] == (None, "1 cells more than there are columns")
-    assert rows[2][1]["prompt"] == "Caf\ufffd?"
-    assert rows[3][1]["rejected"] is None
-
-
 def test_dropped_rows_are_written_with_the_reason(bad_file, tiny_cfg, tiny_llama3, capsys):
     cfg = tiny_cfg(dataset_name=str(bad_file), max_length=MAX_LENGTH)
     pairs = load_preferences(cfg, load_tokenizer(str(tiny_llama3)))
@@ -335,3 +306,67 @@ def test_dropped_rows_are_written_with_the_reason(bad_file, tiny_cfg, tiny_llama
         row["kind"] for row in sorted(written, key=lambda r: int(r["where"].split(":")[1]))
     ] == [kind for _, kind, _ in BAD]
     assert f"Left out {len(BAD)} bad rows" in capsys.readouterr().out
+
+
+FINISHED = [
+    "The past tense of 'swim' is 'swam'",
+    "Paris 2024",
+    "That is what it is for",
+    "Option a",
+    "1. Preheat the oven. Set it to 180 degrees.\n2. Mix the batter. Do not overmix",
+    "Use a loop:\n\n```python\nfor x in y:\n    print(x)\n```",
+    "def f(x):\n    return x + 1",
+    "Dear Ms Hill,\n\nThank you for the visit. We enjoyed it.\n\nSincerely,",
+    "北京是中国的首都",
+    "Title: A Walk in the Park",
+    "The cat sat on the mat (and slept)",
+]
+BROKEN = [
+    "It is because of",
+    "First, second,",
+    "The capital of France is Paris, and the",
+    "Here are the steps:\n1. Mix the flour and the",
+    "Here is the recipe:",
+    "Use a loop:\n\n```python\nfor x in y:\n    print(x",
+    "北京是中国的首都，人口众多，",
+    "感冒通常由病毒引起。注意休息，多喝水。同时要注意保持室内的",
+]
+
+
+def test_broken_answers_are_found_and_finished_ones_of_every_shape_are_not():
+    assert [text for text in FINISHED if breaks_off(text)] == []
+    assert [text for text in BROKEN if not breaks_off(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Tom &amp; Jerry", "&amp;"),
+        ("It&#39;s so", "&#39;"),
+        ("It&#x27;s so", "&#x27;"),
+        ("a &lt; b", "&lt;"),
+        ("Write `&amp;` for an ampersand", None),
+        ("In HTML: <p>Tom &amp; Jerry</p>", None),
+        ("```html\n&nbsp;\n```", None),
+        ("AT&T; R&D", None),
+        ("x &y; z", None),
+    ],
+)
+def test_entities_are_found_where_they_are_no_subject(text, found):
+    assert entity(text) == found
+
+
+def test_near_copies_are_found_and_like_questions_are_not():
+    text = "Air scatters blue light far more than red light, and so the sky looks blue by day"
+    texts = [
+        "What is the highest mountain of the whole country of France?",
+        "What is the highest mountain of the whole country of Spain?",
+        text,
+        text.replace("far", "much") + ", as it does for us all here on this planet",
+        text + " for us",
+        "天空看起来是蓝色的，因为空气散射蓝光比红光更多",
+        "天空看起来是蓝色的，因为空气散射蓝光比红光更多。",
+        "Yes", "Yes",
+    ]  # fmt: skip
+    assert list(near(texts)) == [(4, 2), (6, 5)]
+    assert list(near(texts[4:5], texts[:4])) == [(0, 2)]

@@ -267,14 +267,9 @@ def test_the_check_shows_a_pair_and_fails_when_nothing_is_left(tiny_llama3, tmp_
 RIVERS = "Which of the many rivers of Europe is the very longest one, tell"
 REMARKS = {
     "entities": explicit("One?", "Tom &amp; Jerry.", "No."),
-    "outer_space": explicit("Two?", " Yes.", "No."),
     "json_text": explicit('[{"role": "user", "content": "Three?"}]', "Yes.", "No."),
     "echo": explicit("Who was the first to land?", "Who was the first to land? He.", "No."),
     "scores": explicit("Five?", "Yes.", "No.") | {"score_chosen": 1.0, "score_rejected": 4.5},
-    "languages": explicit(
-        "Six?", "It is a fine day in the whole of the land.",
-        "今天全国各地的天气都非常好，适合出去散步和游玩。",
-    ),
     "near_leak": explicit(f"{RIVERS} me", "A.", "B."),
 }  # fmt: skip
 

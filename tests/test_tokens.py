@@ -20,7 +20,8 @@ from trl import DPOConfig, DPOTrainer
 
 from scripts.data import check_preferences
 from scripts.pairs.generation import Unrepeated, generate_replies
-from scripts.pairs.tokens import end_tokens, templated, tokenize_pairs, tokenize_prompts
+from scripts.pairs.tokens import IDS, end_tokens, templated, tokenize_pairs, tokenize_prompts
+from scripts.sharing.trainer import PrefixSharedDPOTrainer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -117,16 +118,16 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=2, **size))
 
 
-def trl_rows(pairs: Dataset, tokenizer, folder, **args) -> list[dict]:
+def trl_rows(pairs: Dataset, tokenizer, folder, trainer=DPOTrainer, **args) -> list[dict]:
     """The tokens that TRL's own trainer has made of `pairs`."""
     args = {"max_length": None, "report_to": "none", "bf16": False, "use_cpu": True} | args
-    trainer = DPOTrainer(
+    built = trainer(
         model=tiny_model(tokenizer), args=DPOConfig(output_dir=str(folder), **args),
         processing_class=tokenizer, train_dataset=pairs,
         peft_config=LoraConfig(r=1, target_modules=["q_proj"]),
     )  # fmt: skip
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    return trainer.train_dataset.select_columns(columns).to_list()
+    return built.train_dataset.select_columns(columns).to_list()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,6 +141,16 @@ def test_tokens_are_those_of_trls_trainer(family, tmp_path):
     for pair, row in zip(ROWS, rows, strict=True):
         whole = tokenizer.apply_chat_template(pair["prompt"] + pair["rejected"], tokenize=False)
         assert tokenizer.decode(row["prompt_ids"] + row["rejected_ids"]) == whole
+
+
+@pytest.mark.parametrize("family", ["llama 3", "chatml", "deepseek, thinking begun"])
+def test_the_trainer_takes_tokens_that_are_there_and_makes_none_itself(family, tmp_path):
+    tokenizer = tokenizer_of(family)
+    ids = [
+        row | {"prompt_ids": row["prompt_ids"] + [65]} for row in tokenize_pairs(ROWS, tokenizer)
+    ]
+    pairs = Dataset.from_list([pair | row for pair, row in zip(ROWS, ids, strict=True)])
+    assert trl_rows(pairs, tokenizer, tmp_path, trainer=PrefixSharedDPOTrainer) == ids
 
 
 TOOLS = [
@@ -163,10 +174,10 @@ def test_a_rows_tools_and_template_options_reach_check_and_trainer_alike(tiny_cf
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
     cfg = tiny_cfg(dataset_name=str(tmp_path / "p"), max_length=None)
     pairs, report = check_preferences(cfg, tokenizer)
-    assert {f.kind for f in report.findings} <= {"outer_space"}  # one answer of these ends so
+    assert report.findings == []
     for split, data in pairs.items():
         assert "ref_chosen_logps" not in data.column_names  # another reference's
-        trained_on = trl_rows(data, tokenizer, tmp_path)
+        trained_on = trl_rows(data.remove_columns(IDS), tokenizer, tmp_path)
         assert trained_on == tokenize_pairs(data.to_list(), tokenizer)
         lengths = [[len(ids) for ids in row.values()] for row in trained_on]
         assert report.lengths[split].tolist() == lengths
@@ -221,7 +232,7 @@ def test_the_end_of_a_turn_is_what_the_template_writes_after_an_answer(family, t
     write_jsonl(tmp_path / "p" / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
     _, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")), tokenizer)
-    assert {f.kind for f in report.findings} <= {"outer_space"}  # one answer of these ends so
+    assert report.findings == []
 
 
 def test_ends_come_from_the_generation_config_too_and_a_template_without_one_is_noticed(
@@ -241,7 +252,7 @@ def test_ends_come_from_the_generation_config_too_and_a_template_without_one_is_
     GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids("#")).save_pretrained(tmp_path)
     tokenizer.name_or_path = str(tmp_path)
     _, report = check_preferences(cfg, tokenizer)
-    assert {f.kind for f in report.findings} <= {"outer_space"}  # one answer of these ends so
+    assert report.findings == []
 
 
 @pytest.mark.parametrize("family", ["gemma", "phi 3"])

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from scripts.pairs.messages import Messages
-from scripts.pairs.similar import near
-from scripts.pairs.wording import breaks_off, encoding_problem, entity, script
 
 SIDES = ("prompt", "chosen", "rejected")
 PLACE = "_row"  # the column of a pair that says where it stands in its source
@@ -35,7 +34,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "unreadable": Kind(True, "not a row at all", "correct the line, or export the file anew"),
-    "encoding": Kind(True, "wrongly decoded text", "as the finding says: it depends on the cause"),
+    "encoding": Kind(True, "wrongly decoded text", "read the source in its own encoding"),
     "missing": Kind(True, "a field is missing or null", "fill it in; see dataset_columns"),
     "type": Kind(True, "a value of the wrong type", "write it as text (tools: as a list)"),
     "roles": Kind(
@@ -64,10 +63,8 @@ KINDS: dict[str, Kind] = {
     "markup": Kind(False, "marks of another chat template", "strip them, or name the right format"),
     "json_text": Kind(False, "messages as JSON text", "store them as a list, not as text"),
     "entities": Kind(False, "HTML entities in the text", "unescape them (Python: html.unescape)"),
-    "outer_space": Kind(False, "white space around an answer", "strip it, or the model learns it"),
     "echo": Kind(False, "an answer that repeats the prompt", "leave the repeated part out"),
     "scores": Kind(False, "chosen scored below rejected", "swap the answers, or leave it out"),
-    "languages": Kind(False, "answers in different scripts", "see that the difference is meant"),
     "tools_unseen": Kind(
         False, "tools that the template leaves out", "use a model whose template shows tools"
     ),
@@ -118,6 +115,46 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
 )  # fmt: skip
 LEAST_ECHO = 20  # characters of a prompt that an answer does not begin with by chance
+# What wrong decoding leaves: U+FFFD, half characters, byte order marks, control characters, and
+# UTF-8 that was read as Latin-1 or Windows-1252.
+GARBLED = re.compile(
+    "[\ufffd\ufeff\ud800-\udfff\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]"
+    "|Ã[\x80-\xbf]|â€[™œ˜”“¦\x9d\x93\x94]|Â[\xa0°»«]|ï»¿"
+)
+ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|hellip|[mn]dash|[lr][sd]quo|#\d+|#x[\da-f]+);")
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+TAG = re.compile(r"</?[a-z][a-z0-9]*[^<>]*>", re.IGNORECASE)
+# Words that no finished sentence ends with.
+OPEN = re.compile(
+    r"\b(?:the|an|of|and|or|but|because|than|into|whose|my|your|our|their|if|which)$"
+    "|(?:[的和与或及但而把被让在对从]|因为|所以|以及|并且|如果|例如|比如)$"
+)
+SHARE = 0.8  # of the runs of three words, from which on two texts count as nearly the same
+WORDS = 8  # in fewer, one other word is another text
+PERMUTATIONS = 64  # the estimate of the share is then right within 0.05, as a rule
+CHUNK = 2000  # texts hashed at a time
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+
+
+def entity(text: str) -> str | None:
+    """The first HTML entity of a text that is not about HTML: no tags, and not within code."""
+    match = "&" in text and ENTITY.search(CODE.sub(" ", text))
+    return match.group() if match and not TAG.search(text) else None
+
+
+def breaks_off(text: str) -> str | None:
+    """How an answer stops short: in a code block, at a comma or colon, or after an open word."""
+    text = text.rstrip()
+    lines = text.splitlines() or [""]
+    if sum(line.lstrip().startswith("```") for line in lines) % 2:
+        return "in a code block that is not closed"
+    last = lines[-1].strip()
+    indented = any(line.startswith(("    ", "\t")) for line in lines[-3:])
+    signed_off = len(lines) > 1 and len(last.split()) <= 3 and last[-1:] == ","  # "Sincerely,"
+    if indented or signed_off or len(text) < 9:
+        return None
+    open_end = last.endswith((",", ":", "，", "、", "：")) or OPEN.search(last)
+    return f"with {text[-20:]!r}" if open_end else None
 
 
 def normalised(text: str) -> str:
@@ -188,8 +225,8 @@ def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iter
         return
     texts = [(s, spoken(m)) for s in ("prompt", "chosen", "rejected") for m in pair[s]]
     for side, text in texts:
-        if found := encoding_problem(text):
-            yield "encoding", f"{side} has {found}"
+        if match := GARBLED.search(text):
+            yield "encoding", f"{side} has {match.group()!a} at character {match.start()}"
         if not INVISIBLE.sub("", text):
             yield "empty", f"{side} is empty or white space"
         match = special and special.search(text)
@@ -219,13 +256,8 @@ def _answer_problems(pair: dict[str, Messages]) -> Iterator[tuple]:
         yield "breaks_off", f"chosen ends {found}"
     asked = normalised(pair["prompt"][-1]["content"])
     for side, text in answers.items():
-        if text != text.strip():
-            yield "outer_space", f"{side} begins or ends with white space"
         if len(asked) >= LEAST_ECHO and normalised(text).startswith(asked):
             yield "echo", f"{side} begins with the whole of the prompt's last message"
-    scripts = [script(text) for text in answers.values()]
-    if None not in scripts and scripts[0] != scripts[1]:
-        yield "languages", f"chosen is in {scripts[0]} letters, rejected in {scripts[1]}"
     for names in SCORES:
         one, other = (pair.get(name) for name in names)
         if isinstance(one, int | float) and isinstance(other, int | float) and one < other:
@@ -269,6 +301,52 @@ def near_repeats(pairs: list[dict]) -> Iterator[tuple[int, str, str]]:
     for index, first in near(texts):
         if first_of[keys[index]] == index:
             yield index, "near_duplicate", f"nearly the same pair as {pairs[first][PLACE]}"
+
+
+def near(texts: Iterable[str], others: Iterable[str] | None = None) -> Iterator[tuple[int, int]]:
+    """The texts that are nearly one of `others`, or without these an earlier one of their own.
+
+    Yields (index of the text, index of the first such). Of many near copies each is told of the
+    first, so that a file of copies takes no longer than one without.
+    """
+    from datasketch import MinHashLSH  # which loads scipy: a second that most commands need not
+
+    # The index misses one in ten at its threshold, so it looks lower, and the estimate decides.
+    known = MinHashLSH(threshold=SHARE - 0.2, num_perm=PERMUTATIONS)
+    kept = {}
+
+    def keep(index: int, hashed) -> None:
+        known.insert(index, hashed, check_duplication=False)
+        kept[index] = hashed
+
+    for index, hashed in _hashed(others or ()):
+        keep(index, hashed)
+    for index, hashed in _hashed(texts):
+        alike = [i for i in known.query(hashed) if hashed.jaccard(kept[i]) >= SHARE]
+        if alike:
+            yield index, min(alike)
+        elif others is None:
+            keep(index, hashed)
+
+
+def _hashed(texts: Iterable[str]) -> Iterator[tuple[int, object]]:
+    """The MinHash of each text that is long enough, with its index."""
+    from datasketch import MinHash
+
+    numbered = enumerate(texts)
+    while some := list(islice(numbered, CHUNK)):
+        runs = [(index, _runs(text)) for index, text in some]
+        runs = [(index, found) for index, found in runs if found]
+        hashes = MinHash.bulk([found for _, found in runs], num_perm=PERMUTATIONS)
+        yield from zip((index for index, _ in runs), hashes, strict=True)
+
+
+def _runs(text: str) -> set[bytes]:
+    """The runs of three words of a text (of three characters, where words have no spaces)."""
+    words = WORD.findall(text.casefold())
+    if len(words) < WORDS:
+        return set()
+    return {" ".join(words[i : i + 3]).encode("utf-8", "replace") for i in range(len(words) - 2)}
 
 
 def _pair_key(pair: dict, form: Callable[[str], str]) -> tuple[int, ...]:
