@@ -20,8 +20,8 @@ import tempfile
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -147,8 +147,16 @@ def _listed(name: str) -> list[str]:
     return re.findall(r"`'?(\w+)'?`", names)
 
 
-# Names that nobody checks before the model is there.
+def _options(hint: Any) -> tuple:
+    """The types that a union is of, or the one type."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+# The names that an argument may be; most of them nobody checks before the model is there.
 NAMES = {
+    **{name: [member.value for member in option] for name, hint in HINTS.items()
+       for option in _options(hint) if isinstance(option, type) and issubclass(option, Enum)},
     **{f.name: [*f.metadata["choices"]] for cls in FIELDS for f in dataclasses.fields(cls)
        if f.metadata.get("choices")},
     **{name: _listed(name) for name in ("loss_type", "f_divergence_type")},
@@ -417,14 +425,17 @@ def _typed(where: str, key: str, value: Any) -> Any:
         if isinstance(number, int | float) and not low <= number <= high:
             raise refuse(_range(low, high))
         if key in NAMES and number not in (None, *NAMES[key]):
-            raise refuse(f"one of {', '.join(NAMES[key])}")
+            raise refuse(_one_of(NAMES[key], number))
     return value
 
 
-def _options(hint: Any) -> tuple:
-    """The types that a union is of, or the one type."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
+def _one_of(names: list[str], value: Any) -> str:
+    """`names` for a message; of many, those that are spelt most like `value`."""
+    if len(names) <= 16:
+        return f"one of {', '.join(names)}"
+    begin = [name for name in names if name.startswith(str(value))]
+    near = begin[:4] or difflib.get_close_matches(str(value), names, n=4, cutoff=0)
+    return f"one of {', '.join(near)}, ... ({len(names)} names)"
 
 
 def _kind(hint: Any, error: Exception | None = None) -> str:
@@ -457,24 +468,12 @@ def _built(where: str, values: dict[str, Any]) -> dict[str, Any]:
         return {name: _filled(cls, values) for name, cls in PARTS.items()}
     except Exception as error:  # what TRL and transformers check of all that they take, they raise
         reason = one_line(error)
-        about = "".join(f" `{key}`:" for key in _culprits(values) if key not in reason)
         no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in reason)
-        raise ConfigError(f"{where}:{about} {reason}{no_gpu}") from error
+        raise ConfigError(f"{where}: {reason}{no_gpu}") from error
 
 
 def _filled(cls: type, values: dict[str, Any]) -> Any:
     return cls(**{k: v for k, v in values.items() if k in FIELDS[cls]})
-
-
-def _culprits(values: dict[str, Any]) -> list[str]:
-    """The keys without which the arguments can be built, at most two."""
-    found = []
-    for key in values:
-        with suppress(Exception):
-            for cls in PARTS.values():
-                _filled(cls, {k: v for k, v in values.items() if k != key})
-            found.append(key)
-    return found[:2]
 
 
 def _contradictions(cfg: Config) -> Iterator[str]:

@@ -107,6 +107,8 @@ def test_ill_typed_values_are_refused(key, value):
         ("merge_dtype", "int7", "one of float16, bfloat16, float32"),
         ("dataset_format", "orka", "one of auto, explicit"),
         ("loss_type", ["sigmoyd"], "one of sigmoid, hinge"),
+        ("dtype", "bf16", "one of auto, bfloat16, float16, float32"),
+        ("optim", "adamw", "one of adamw_torch, "),
         ("wandb_project", "", "not empty"),
         ("lora_r", 0, "at least 1"),
         ("lora_dropout", -0.5, "at least 0"),

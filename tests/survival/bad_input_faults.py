@@ -71,7 +71,6 @@ VALUES: dict[str, list[str]] = {
     "hub_token": ["hf_abcdefghijklmnop"],
     "gradient_checkpointing": ["true"],
     "fp16": ["true"],
-    "load_in_8bit": ["true"],
 }  # fmt: skip
 
 # What must be taken although it looks odd.
