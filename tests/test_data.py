@@ -166,13 +166,6 @@ def test_lengths_count_the_template_and_the_end_of_turn(tiny_cfg, tiny_llama3):
     assert lengths["prompt"][0] == len(whole["input_ids"])
 
 
-def test_a_quote_that_is_never_closed_does_not_swallow_the_file(tiny_cfg, tmp_path):
-    path = tmp_path / "open.csv"
-    path.write_text('prompt,chosen,rejected\nQ1,a1.,b1\nQ2,a2.,"b2\nQ3,a3.,b3\nQ4,a4.,b4\n')
-    _, report = check_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
-    assert [(f.kind, f.where) for f in report.findings] == [("unreadable", "open.csv:3")]
-
-
 def test_a_rename_onto_a_column_that_is_there_is_refused(tiny_cfg, tmp_path):
     row = {"question": "Why?", "prompt": "template-7", "chosen": "So.", "rejected": "No."}
     path = write_jsonl(tmp_path / "two.jsonl", [row])

@@ -13,7 +13,7 @@ from trl import get_peft_config
 from scripts.evaluate import implicit_rewards, pair_logps
 from scripts.export import completion_logps
 from scripts.model import load_model, load_tokenizer, parameter_counts
-from scripts.pairs.formats import from_orca
+from scripts.pairs.formats import to_pair
 from scripts.run_folder import describe_machine, start_run
 from scripts.run_log import history
 from scripts.training import build_trainer
@@ -150,7 +150,7 @@ def test_llama3_shape_in_nf4_takes_one_step(tiny_cfg):
         load_in_4bit=True, dtype="bfloat16", bf16=True, activation_checkpointing=True, max_steps=1
     )
     orca = [{"system": "Be brief.", "question": q, "chosen": c, "rejected": r} for q, c, r in PAIRS]
-    rows = Dataset.from_list([from_orca(row) for row in orca])
+    rows = Dataset.from_list([to_pair(row, "orca") for row in orca])
     path = cfg.model.model_name_or_path
     model = load_model(cfg, path)
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
@@ -201,7 +201,7 @@ def test_one_step_on_a_gpu_in_nf4(tiny_cfg):
     )
     path = cfg.model.model_name_or_path
     rows = Dataset.from_list(
-        [from_orca({"question": q, "chosen": c, "rejected": r}) for q, c, r in PAIRS]
+        [to_pair({"question": q, "chosen": c, "rejected": r}, "orca") for q, c, r in PAIRS]
     )
     trainer = build_trainer(
         cfg, load_model(cfg, path), load_tokenizer(path), {"train": rows, "test": rows}

@@ -28,6 +28,7 @@ READ = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz")
 LFS = b"version https://git-lfs.github.com/spec/"
 PRINTED = re.compile(r"\s*\[\s*\{\s*[\"']")  # a list of objects
+BETWEEN = re.compile(r"\}\s*\n\s*\{")  # two of them in numpy's arrays, which have no commas
 
 
 class DataError(RecipeError):
@@ -174,7 +175,7 @@ def _cell(value: str) -> Any:
     """A CSV cell; messages that pandas printed into it, or JSON, are read as messages."""
     if not isinstance(value, str) or not PRINTED.match(value):
         return value
-    for read in (json.loads, literal_eval):
+    for read in (json.loads, literal_eval, lambda text: literal_eval(BETWEEN.sub("}, {", text))):
         try:
             parsed = read(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -14,9 +14,9 @@
 | `swift` | `messages` (or `query`, `response`), `rejected_response`, `rejected_messages` or `rejected` | ms-swift: the last message is chosen |
 | `openai` | `input`, `preferred_output`, `non_preferred_output` | OpenAI's preference files, with `input.messages` and `input.tools` |
 | `stackexchange` | `question`, `response_j`, `response_k` | `j` is the better one |
-| `compared` | a prompt, two answers, which is better | HelpSteer2 and 3, PKU-SafeRLHF, Chatbot Arena, SHP, WebGPT (`compared.VERDICTS`) |
+| `compared` | a prompt, two answers, which is better | HelpSteer2 and 3, PKU-SafeRLHF, Chatbot Arena, SHP, WebGPT (`VERDICTS`) |
 | `scored` | a prompt, `completions` (or `answers`, `responses`) with a score each | the best against the worst, if further apart than `score_margin` |
-| `unpaired` | a prompt, an answer, `label` or `kto_tag` | KTO's: one answer a row, paired by `pairs.unpaired` |
+| `unpaired` | a prompt, an answer, `label` or `kto_tag` | KTO's: one answer a row, paired by `load.pair_up` |
 
 A `system` (or `system_prompt`) column becomes the system message in every format. Columns that the format does not read
 outlive it. See https://huggingface.co/docs/trl/dataset_formats.
@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 from trl import extract_prompt
 
-from scripts.pairs.compared import COLUMNS, VERDICTS, from_compared
 from scripts.pairs.messages import (
     PROMPTS,
     BadRow,
@@ -39,6 +38,7 @@ from scripts.pairs.messages import (
     as_messages,
     as_pair,
     asked_in,
+    by_turns,
     first_of,
     number_in,
     question_in,
@@ -46,23 +46,32 @@ from scripts.pairs.messages import (
     text_of,
 )
 
+Convert = Callable[[dict], dict[str, Any]]  # a row to its prompt, chosen and rejected
+
 WIDE_END = re.compile("[。？！：]")  # ends a sentence without a space after it
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+HELPSTEER_TURN = re.compile(r"\n?<extra_id_\d+>(User|Assistant|System)\n")
 
 
-def _answers(row: dict) -> tuple[Messages, Messages]:
-    chosen, rejected = (
-        as_messages(row.get(side), "assistant", side) for side in ("chosen", "rejected")
-    )
-    return chosen, rejected
+def from_columns(
+    prompt: str, chosen: str = "chosen", rejected: str = "rejected", history: bool = False
+) -> Convert:
+    """A format with a column each for the prompt and the answers; of names parted by `|`, the first
+    that a row has. With `history`, the columns `history` and `input` are read too.
 
+    Answers may repeat the prompt's turns, and the prompt may end with the chosen answer.
+    """
 
-def from_explicit(row: dict, column: str = "prompt") -> dict[str, Messages]:
-    """TRL's explicit prompt. Answers that repeat the prompt's turns hold the conversation."""
-    chosen, rejected = _answers(row)
-    if all(len(a) > 1 and a[0]["role"] in ("system", "user") for a in (chosen, rejected)):
-        return split_talks(chosen, rejected)
-    return as_pair(as_messages(row.get(column), "user", column), chosen, rejected)
+    def convert(row: dict) -> dict[str, Messages]:
+        name, value = first_of(row, prompt)
+        found = (first_of(row, names) for names in (chosen, rejected))
+        answers = [as_messages(answer, "assistant", column) for column, answer in found]
+        if all(len(a) > 1 and a[0]["role"] in ("system", "user") for a in answers):
+            return split_talks(*answers)
+        asked = asked_in(row) if history else as_messages(value, "user", name)
+        return as_pair(asked[:-1] if asked[-1:] == answers[0][-1:] else asked, *answers)
+
+    return convert
 
 
 def _prompt_size(chosen: str, rejected: str) -> int:
@@ -87,7 +96,7 @@ def from_implicit(row: dict) -> dict[str, Messages]:
     """TRL's implicit prompt: what `chosen` and `rejected` begin with alike (`_prompt_size`)."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return split_talks(*_answers(row))
+        return from_talks("chosen", "rejected")(row)
     if not chosen or not rejected:
         raise BadRow("empty", f"{'rejected' if chosen else 'chosen'} is empty")
     size = _prompt_size(chosen, rejected)
@@ -97,6 +106,13 @@ def from_implicit(row: dict) -> dict[str, Messages]:
         [{"role": "user", "content": chosen[:size].strip()}],
         [{"role": "assistant", "content": chosen[size:].lstrip()}],
         [{"role": "assistant", "content": rejected[size:].lstrip()}],
+    )
+
+
+def from_talks(chosen: str, rejected: str) -> Convert:
+    """A format with two whole conversations."""
+    return lambda row: split_talks(
+        *(as_messages(row.get(name), "user", name) for name in (chosen, rejected))
     )
 
 
@@ -116,16 +132,6 @@ def from_hh(row: dict) -> dict[str, Messages]:
     return split_talks(_turns(row.get("chosen"), "chosen"), _turns(row.get("rejected"), "rejected"))
 
 
-def from_orca(row: dict) -> dict[str, Messages]:
-    """Intel/orca_dpo_pairs: `system` (often empty), `question`, `chosen`, `rejected`."""
-    return from_explicit(row, "question")
-
-
-def from_sharegpt(row: dict) -> dict[str, Messages]:
-    """`conversations` as `{"from", "value"}`, and an answer of that shape in either column."""
-    return from_messages(row, "conversations")
-
-
 def from_alpaca(row: dict) -> dict[str, Messages]:
     """Alpaca: `instruction`, perhaps `input` and earlier turns in `history`; `output` is chosen,
     or a list of chosen and rejected."""
@@ -135,31 +141,8 @@ def from_alpaca(row: dict) -> dict[str, Messages]:
     elif row.get("chosen") is None:
         row = row | {"chosen": output}
     prompt = question_in(row, row.get("instruction"))
-    return as_pair(prompt, *_answers(row))
-
-
-def from_messages(row: dict, column: str = "messages") -> dict[str, Messages]:
-    """axolotl's `chat_template`: `messages` up to the answer, or with the chosen one at its end."""
-    pair = from_explicit(row, column)
-    if pair["prompt"][-1:] == pair["chosen"][-1:]:
-        pair["prompt"] = pair["prompt"][:-1]
-    return pair
-
-
-# What other tools call an answer.
-CHOSEN, REJECTED = "chosen_response|response_chosen", "rejected_response|response_rejected"
-
-
-def from_responses(row: dict) -> dict[str, Messages]:
-    """axolotl's `argilla` and its like: the answers are called responses."""
-    answers = [as_messages(first_of(row, c)[1], "assistant", c) for c in (CHOSEN, REJECTED)]
-    return as_pair(asked_in(row), *answers)
-
-
-def from_llamafactory(row: dict) -> dict[str, Messages]:
-    """LLaMA-Factory v1: `chosen_messages` and `rejected_messages` are whole conversations."""
-    names = ("chosen_messages", "rejected_messages")
-    return split_talks(*(as_messages(row.get(name), "user", name) for name in names))
+    answers = (as_messages(row.get(c), "assistant", c) for c in ("chosen", "rejected"))
+    return as_pair(prompt, *answers)
 
 
 def _last_turn(talk: Messages, what: str) -> tuple[Messages, Messages]:
@@ -194,11 +177,6 @@ def from_openai(row: dict) -> dict[str, Any]:
     ]
     pair = as_pair(as_messages(asked.get("messages"), "user", "input.messages"), *outputs)
     return pair | ({"tools": _tools(asked["tools"])} if asked.get("tools") else {})
-
-
-def from_stackexchange(row: dict) -> dict[str, Messages]:
-    """lvwerra/stack-exchange-paired: `response_j` has more votes than `response_k`."""
-    return from_orca(row | {"chosen": row.get("response_j"), "rejected": row.get("response_k")})
 
 
 CANDIDATES = "completions|answers|responses|candidates|outputs"
@@ -241,6 +219,95 @@ def from_scored(row: dict, margin: float = 0.0) -> dict[str, Messages]:
     return as_pair(asked_in(row), *answers)
 
 
+# Two answers and the column of the verdict on them. A verdict counts with its own answers only:
+# elsewhere 1 may be the number of the second answer, or a strength without a sign.
+VERDICTS = (
+    ("response_1", "response_2", "preference_strength"),  # HelpSteer2: below 0, the first
+    ("response1", "response2", "overall_preference"),  # HelpSteer3, likewise
+    ("response_0", "response_1", "better_response_id"),  # PKU-SafeRLHF, whatever is safer
+    ("response_a", "response_b", "winner_model_a"),  # Chatbot Arena, 55k: with winner_model_b
+    ("response_a", "response_b", "winner"),
+    ("conversation_a", "conversation_b", "winner"),  # Chatbot Arena: model_a, model_b, or a tie
+    ("human_ref_A", "human_ref_B", "labels"),  # SHP: 1, the first
+    ("answer_0", "answer_1", "score_0"),  # WebGPT: with score_1
+)
+AGAINST = {"winner_model_a": "winner_model_b", "score_0": "score_1"}
+WINNERS = {"model_a": 1, "a": 1, "model_b": -1, "b": -1}
+
+
+def _verdict(row: dict, column: str) -> float:
+    """Above 0 where the first answer is better, below where the second is, 0 for a tie."""
+    if column == "winner":
+        winner = text_of(row[column], column).strip().lower()
+        if winner in WINNERS or "tie" in winner or "both" in winner:
+            return WINNERS.get(winner, 0)
+        raise BadRow("type", f"winner is {row[column]!r}: not model_a, model_b or a tie")
+    number = number_in(row[column], column)
+    if column in AGAINST:
+        return number - number_in(row.get(AGAINST[column]), AGAINST[column])
+    if column in ("better_response_id", "labels"):
+        if number not in (0, 1):
+            raise BadRow("type", f"{column} is {row[column]!r}, neither 0 nor 1")
+        return number - 0.5 if column == "labels" else 0.5 - number
+    return -number
+
+
+def from_compared(row: dict) -> dict[str, Messages]:
+    """Two answers of which one was found better; a tie is no pair."""
+    there = (v for v in VERDICTS if all(row.get(name) is not None for name in v))
+    if (found := next(there, None)) is None:
+        raise BadRow("missing", "there are not two answers and a verdict that belongs to them")
+    *names, column = found
+    better = _verdict(row, column)
+    if better == 0:
+        raise BadRow("equal", "the two answers were found equally good")
+    chosen, rejected = names if better > 0 else reversed(names)
+    if chosen.startswith("conversation"):
+        return from_talks(chosen, rejected)(row)
+    if chosen in ("response_a", "response_b"):
+        talks = [_by_turns(row.get("prompt"), row[name], name) for name in (chosen, rejected)]
+        if all(talks):
+            return split_talks(*talks)
+    answers = (as_messages(row[name], "assistant", name) for name in (chosen, rejected))
+    return as_pair(_compared_prompt(row), *answers)
+
+
+def _by_turns(prompts: Any, answers: Any, what: str) -> Messages:
+    """Prompts and answers by turns, from two lists as long, perhaps as JSON text; else nothing."""
+    lists = []
+    for value in (prompts, answers):
+        try:
+            lists.append(json.loads(value) if isinstance(value, str) else value)
+        except ValueError:
+            return []
+    if not all(isinstance(each, list) for each in lists) or len(lists[0]) != len(lists[1]):
+        return []
+    if any(isinstance(turn, dict) for turn in lists[0]):
+        return []
+    return by_turns(list(zip(*lists, strict=True)), what)
+
+
+def _compared_prompt(row: dict) -> Messages:
+    """The prompt, whatever its column is called; `context` or `history` where nothing else is."""
+    if any(row.get(name) is not None for name in PROMPTS.split("|")):
+        if row.get("context"):
+            raise BadRow("type", "there is a context beside the prompt: put both into one column")
+        name, value = first_of(row, PROMPTS)
+        if isinstance(value, dict) and "full_text" in value:  # WebGPT's question
+            value = value["full_text"]
+        if isinstance(value, str) and len(parts := HELPSTEER_TURN.split(value)) > 1:
+            roles = ["user", *(who.lower() for who in parts[1::2])]
+            turns = zip(roles, parts[::2], strict=True)
+            return [{"role": role, "content": text.strip()} for role, text in turns]
+        return asked_in(row | {name: value})
+    column, value = first_of(row, "context|history")
+    return as_messages(value, "user", column)
+
+
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+LABELS |= {"-1": False, "-1.0": False}
+
+
 def judged(row: dict) -> tuple[Messages, Messages, bool]:
     """The prompt, the answer and the label of a row of unpaired data."""
     name, label = first_of(row, "label|kto_tag")
@@ -254,17 +321,13 @@ def judged(row: dict) -> tuple[Messages, Messages, bool]:
     return *_last_turn(asked_in(row), first_of(row, PROMPTS)[0]), good
 
 
-LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-LABELS |= {"-1": False, "-1.0": False}
-
-
 def from_unpaired(row: dict) -> dict[str, Messages]:
-    """KTO's rows, once `unpaired.pair_up` has put two with the same prompt together."""
+    """KTO's rows, once `load.pair_up` has put two with the same prompt together."""
     for side, kind in (("chosen", "good"), ("rejected", "bad")):
         if side not in row:
             judged(row)  # which says what is wrong with the row by itself
             raise BadRow("missing", f"no answer labelled {kind} is left for the same prompt")
-    return from_explicit(row)
+    return from_columns("prompt")(row)
 
 
 class Format(NamedTuple):
@@ -272,7 +335,7 @@ class Format(NamedTuple):
     messages, and what it reads where it is there."""
 
     needed: tuple[str, ...]
-    convert: Callable[[dict], dict[str, Messages]]
+    convert: Convert
     optional: tuple[str, ...] = ()
 
     def reads(self) -> set[str]:
@@ -283,24 +346,35 @@ class Format(NamedTuple):
 TALK = ("input", "history")  # what `asked_in` reads besides the prompt
 
 
+# What other tools call an answer.
+CHOSEN, REJECTED = "chosen_response|response_chosen", "rejected_response|response_rejected"
+
+# The first that fits is taken.
 FORMATS: dict[str, Format] = {
-    "explicit": Format(("prompt", "chosen", "rejected"), from_explicit),
-    "orca": Format(("question", "chosen", "rejected"), from_orca),
-    "sharegpt": Format(("conversations", "chosen", "rejected"), from_sharegpt),
-    "messages": Format(("messages", "chosen", "rejected"), from_messages),
-    "responses": Format((PROMPTS, CHOSEN, REJECTED), from_responses, TALK),
-    "llamafactory": Format(("chosen_messages", "rejected_messages"), from_llamafactory),
+    "explicit": Format(("prompt", "chosen", "rejected"), from_columns("prompt")),
+    "orca": Format(("question", "chosen", "rejected"), from_columns("question")),
+    "sharegpt": Format(("conversations", "chosen", "rejected"), from_columns("conversations")),
+    "messages": Format(("messages", "chosen", "rejected"), from_columns("messages")),
+    "responses": Format(
+        (PROMPTS, CHOSEN, REJECTED), from_columns(PROMPTS, CHOSEN, REJECTED, history=True), TALK
+    ),
+    "llamafactory": Format(
+        ("chosen_messages", "rejected_messages"), from_talks("chosen_messages", "rejected_messages")
+    ),
     "swift": Format(
         ("messages|query", "rejected_response|rejected_messages|rejected"),
         from_swift,
         ("response", *TALK),
     ),
     "openai": Format(("input", "preferred_output", "non_preferred_output"), from_openai),
-    "stackexchange": Format(("question", "response_j", "response_k"), from_stackexchange),
+    "stackexchange": Format(
+        ("question", "response_j", "response_k"),
+        from_columns("question", "response_j", "response_k"),
+    ),
     "compared": Format(
-        tuple("|".join(dict.fromkeys(names)) for names in list(zip(*VERDICTS, strict=True))[:3]),
+        tuple("|".join(dict.fromkeys(names)) for names in zip(*VERDICTS, strict=True)),
         from_compared,
-        (*COLUMNS, *PROMPTS.split("|"), "context", *TALK),
+        ("winner_model_b", "winner_tie", "score_1", *PROMPTS.split("|"), "context", *TALK),
     ),
     "scored": Format((PROMPTS, CANDIDATES), from_scored, ("scores", "rewards", "ratings", *TALK)),
     "unpaired": Format(
@@ -329,7 +403,7 @@ def detect(columns: set[str], sample: list[dict]) -> str | None:
     names = [
         name
         for name in FORMATS
-        if fits(name, columns) and (name not in HOLDS or HOLDS[name](columns, sample))
+        if fits(name, columns) and (name not in HOLDS or _holds(name, columns, sample))
     ]
     if names and names[0] == "hh":
         texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
@@ -348,47 +422,29 @@ def _begin_alike(columns: set[str], sample: list[dict]) -> bool:
     if not any(isinstance(row.get(name), str) for row in sample for name in others):
         return True
     texts = [r for r in sample if r.get("chosen") and r.get("rejected")]
-    return sum(map(_readable(from_implicit), texts)) >= 0.9 * len(texts)
+    return sum(_takes(from_implicit, row) for row in texts) >= 0.9 * len(texts)
 
 
-def _holds_scores(columns: set[str], sample: list[dict]) -> bool:
-    return not columns & {"chosen", "rejected"} and any(map(_readable(_scored), sample))
-
-
-def _holds_labels(columns: set[str], sample: list[dict]) -> bool:
-    return not columns & {"chosen", "rejected"} and any(map(_readable(judged), sample))
-
-
-def _readable(read: Callable[[dict], Any]) -> Callable[[dict], bool]:
-    """Whether `read` takes a row, as a function of the row."""
-
-    def takes(row: dict) -> bool:
-        try:
-            read(row)
-        except BadRow:
-            return False
-        return True
-
-    return takes
-
-
-def _holds_verdicts(columns: set[str], sample: list[dict]) -> bool:
-    return not columns & {"chosen", "rejected"} and any(map(_readable(from_compared), sample))
-
-
-def _holds_rejected(columns: set[str], sample: list[dict]) -> bool:
-    """ms-swift's own columns; or `rejected`, where nothing but the conversation has the chosen."""
-    if columns & {"rejected_response", "rejected_messages"}:
-        return True
-    return not columns & {"chosen", "output"} and any(map(_readable(from_swift), sample))
-
-
+# Formats that are told by what the rows hold, too: other data has answers and labels as well.
 HOLDS = {
-    "swift": _holds_rejected,
-    "compared": _holds_verdicts,
-    "scored": _holds_scores,
-    "unpaired": _holds_labels,
-}
+    "swift": from_swift, "compared": from_compared, "scored": _scored, "unpaired": judged,
+}  # fmt: skip
+
+
+def _holds(name: str, columns: set[str], sample: list[dict]) -> bool:
+    """Whether a row can be read so, and no other column has the answer."""
+    if name == "swift" and columns & {"rejected_response", "rejected_messages"}:
+        return True
+    others = {"chosen", "output"} if name == "swift" else {"chosen", "rejected"}
+    return not columns & others and any(_takes(HOLDS[name], row) for row in sample)
+
+
+def _takes(read: Callable[[dict], Any], row: dict) -> bool:
+    try:
+        read(row)
+    except BadRow:
+        return False
+    return True
 
 
 def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:

@@ -10,7 +10,9 @@ Each step leaves out the bad rows and adds what it found to the report.
 from __future__ import annotations
 
 import difflib
+import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from random import Random
 
@@ -38,12 +40,11 @@ from scripts.pairs.checks import (
     token_problems,
     tool_problems,
 )
-from scripts.pairs.formats import FORMATS, HOLDS, detect, fits, further_columns, to_pair
+from scripts.pairs.formats import FORMATS, HOLDS, detect, fits, further_columns, judged, to_pair
 from scripts.pairs.messages import BadRow
 from scripts.pairs.report import WIDTH, Z
 from scripts.pairs.sources import DataError, Row, Source, read_source
 from scripts.pairs.tokens import IDS, end_tokens, tokenize_pairs
-from scripts.pairs.unpaired import pair_up
 
 TOKENS = Features({name: List(Value("int64")) for name in IDS})
 CHUNK = 2000  # pairs tokenised at a time
@@ -169,6 +170,52 @@ def _readable(rows: list[Row], split: str, source: Source, special, report: Repo
         if not any(KINDS[kind].bad for kind, _ in problems):
             good.append(pair | {PLACE: where})
     return good
+
+
+def pair_up(rows: list[Row]) -> list[Row]:
+    """`rows` with pairs in place of single answers.
+
+    The rule: of the rows with the same prompt (all of its messages, outer white space aside, and
+    the system message), the first good answer goes with the first bad one, the second with the
+    second, in the order of the file. A pair stands where its earlier row does, and has that row's
+    other columns. Rows without a partner stay as they are, and the checks report them.
+
+    Raises:
+        DataError: no prompt has a good and a bad answer.
+    """
+    waiting: dict[tuple[str, bool], list[int]] = defaultdict(list)
+    paired: dict[int, Row] = {}
+    unread = []
+    for index, (where, row, problem) in enumerate(rows):
+        bare = row and {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+        paired[index] = (where, bare, problem)
+        try:
+            prompt, answer, good = judged(bare or {})
+        except BadRow as error:  # reported when the row is read
+            unread.append(f"; {where}, which cannot be read: {error}")
+            continue
+        texts = [(m["role"], m["content"].strip()) for m in prompt]
+        key = json.dumps([str(bare.get("system") or "").strip(), texts])
+        bare |= {"prompt": prompt, "chosen" if good else "rejected": answer}
+        if not waiting[key, not good]:
+            waiting[key, good].append(index)
+            continue
+        first = waiting[key, not good].pop(0)
+        del paired[index]
+        paired[first][1].update({"chosen" if good else "rejected": answer})
+    pairs = len(rows) - len(paired)
+    print(
+        f"Unpaired (KTO) data: {len(rows)} rows give {pairs} pairs. To each prompt the first good "
+        "answer goes with the first bad one, the second with the second, and so on."
+    )
+    if rows and not pairs:
+        raise DataError(
+            f"the data is unpaired (KTO): one answer a row, and none of the {len(rows)} rows has a "
+            "partner, a row with the same prompt and the other label. DPO needs both; sample "
+            "further answers with `python -m scripts.data build`, or train with TRL's KTOTrainer"
+            + "".join(unread[:1])
+        )
+    return list(paired.values())
 
 
 def _require_columns(names: dict[str, str], rows: list[Row]) -> None:
