@@ -188,7 +188,9 @@ def test_folders_and_attention_are_looked_at(tiny_cfg, tmp_path):
     cfg.model.model_name_or_path = str(tmp_path)
     folders, attention = place_lines(cfg)
     assert (folders.status, attention.status) == (FAIL, FAIL)
-    assert "no .safetensors" in folders.finding and attention.fix == "set attn_implementation: eager"
+    assert (
+        "no .safetensors" in folders.finding and attention.fix == "set attn_implementation: eager"
+    )
 
 
 def test_access_to_the_dataset(endpoint, tiny_cfg, a100):
