@@ -303,6 +303,18 @@ TWINS = {
         },
         PLAIN,
     ),
+    "scored, Stack Exchange": (
+        {
+            "qid": 7,
+            "question": Q,
+            "answers": [
+                {"answer_id": 1, "pm_score": 0, "selected": False, "text": NO},
+                {"answer_id": 2, "pm_score": 3, "selected": True, "text": YES},
+                {"answer_id": 3, "pm_score": 1, "selected": False, "text": "Who knows?"},
+            ],
+        },
+        PLAIN,
+    ),
     "scored, by rank": (
         {"prompt": turns(Q), "answers": [{"answer": NO, "rank": 3}, {"answer": YES, "rank": 1}]},
         PLAIN,
@@ -542,6 +554,25 @@ def test_unpaired_rows_with_the_same_prompt_are_put_together_by_the_stated_rule(
     assert sum(report.rows.values()) == len(rows)
     topics = {pair["chosen"][0]["content"]: pair["topic"] for s in pairs.values() for pair in s}
     assert topics == {"good 1": "t", "good 2": None, "good 4": None}  # of the earlier row
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda text, good: {"messages": turns(Q, text), "label": good},
+        lambda text, good: {"instruction": Q, "input": "", "output": text, "kto_tag": good},
+        lambda text, good: {
+            "conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": text}],
+            "kto_tag": good,
+        },
+    ],
+)
+def test_unpaired_rows_of_other_tools_are_read(shape, tiny_cfg, tmp_path):
+    path = write_jsonl(tmp_path / "kto.jsonl", [shape(YES, True), shape(NO, False)])
+    pairs, report = check_preferences(tiny_cfg(dataset_name=str(path)))
+    assert report.formats["train"] == "unpaired"
+    (pair,) = [pair for split in pairs.values() for pair in split]
+    assert pair == PLAIN
 
 
 def test_unpaired_data_without_partners_is_refused_and_says_what_to_do(tiny_cfg, tmp_path):

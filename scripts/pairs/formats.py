@@ -1,26 +1,10 @@
 """Rows of the common preference formats, as TRL's explicit conversational pairs.
 
-| format | columns | a row |
-| --- | --- | --- |
-| `explicit` | `prompt`, `chosen`, `rejected` | text or messages; whole conversations in the answers too (UltraFeedback) |
-| `implicit` | `chosen`, `rejected` | both hold the whole conversation, or the prompt's text and the answer's |
-| `hh` | `chosen`, `rejected` | transcripts, `\\n\\nHuman: … \\n\\nAssistant: …` (Anthropic HH) |
-| `orca` | `question`, `chosen`, `rejected` | Intel/orca_dpo_pairs |
-| `alpaca` | `instruction`, `chosen` or `output`, `rejected` | with `input` and `history` where there are any |
-| `sharegpt` | `conversations`, `chosen`, `rejected` | messages as `from` and `value` |
-| `messages` | `messages`, `chosen`, `rejected` | axolotl's `chat_template`: the conversation, and an answer's message each |
-| `responses` | `instruction` (or `prompt`, `question`, `query`, `messages`), `chosen_response`, `rejected_response` | axolotl's `argilla`; also `response_chosen`, `response_rejected` (MedicalGPT) |
-| `llamafactory` | `chosen_messages`, `rejected_messages` | LLaMA-Factory v1: two whole conversations, text under `value` |
-| `swift` | `messages` (or `query`, `response`), `rejected_response`, `rejected_messages` or `rejected` | ms-swift: the last message is chosen |
-| `openai` | `input`, `preferred_output`, `non_preferred_output` | OpenAI's preference files, with `input.messages` and `input.tools` |
-| `stackexchange` | `question`, `response_j`, `response_k` | `j` is the better one |
-| `compared` | a prompt, two answers, which is better | HelpSteer2 and 3, PKU-SafeRLHF, Chatbot Arena, SHP, WebGPT (`VERDICTS`) |
-| `scored` | a prompt, `completions` (or `answers`, `responses`) with a score each | the best against the worst, if further apart than `score_margin` |
-| `unpaired` | a prompt, an answer, `label` or `kto_tag` | KTO's: one answer a row, paired by `load.pair_up` |
-
-A `system` (or `system_prompt`) column becomes the system message in every format. Columns that the format does not read
-outlive it. See https://huggingface.co/docs/trl/dataset_formats.
-"""  # noqa: E501
+`FORMATS` has the columns that tell each format, and the function that reads a row of it;
+`docs/data.md` says which tools and datasets write it. A `system` (or `system_prompt`) column
+becomes the system message in every format. Columns that the format does not read are kept. See
+https://huggingface.co/docs/trl/dataset_formats.
+"""
 
 from __future__ import annotations
 
