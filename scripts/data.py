@@ -79,7 +79,7 @@ def check_preferences(
         DataError: the data is not there, is empty, or has no such split or columns.
     """
     source = source_of(cfg)
-    pairs, report = read_pairs(source, tokenizer)
+    pairs, report = read_pairs(source, tokenizer, cfg.model.model_revision)
     if tokenizer:
         if cfg.length_is_open and len(pairs["train"]):
             (settle_max_length if settle else estimate_max_length)(cfg, report.lengths["train"])

@@ -53,13 +53,14 @@ MESSAGES = [Features(role=Value("string"), content=Value("string"))]
 
 
 def read_pairs(
-    source: Source, tokenizer: PreTrainedTokenizerBase | None = None
+    source: Source, tokenizer: PreTrainedTokenizerBase | None = None, revision: str = "main"
 ) -> tuple[DatasetDict, Report]:
     """The pairs of `source` that are no bad rows, as `train` and, if it has one, `test`.
 
     Columns: `prompt`, `chosen` and `rejected` (messages), what else the source has, `PLACE` (where
     the row stands, such as `train.jsonl:7`) and, with a `tokenizer`, `prompt_ids`, `chosen_ids` and
-    `rejected_ids`, uncut. Without one, nothing that depends on tokens is checked.
+    `rejected_ids`, uncut. Without one, nothing that depends on tokens is checked. `revision` is the
+    tokenizer's, where it comes from the hub.
 
     Raises:
         DataError: the data is not there, is empty, or has no columns of a known format.
@@ -81,7 +82,7 @@ def read_pairs(
     columns = list(columns | {PLACE: None})  # also where no row is left
     pairs = DatasetDict({split: _as_dataset(rows, columns) for split, rows in good.items()})
     if tokenizer:
-        ends = end_tokens(tokenizer, _generation_config(tokenizer))
+        ends = end_tokens(tokenizer, _generation_config(tokenizer, revision))
         for split, rows in pairs.items():
             if len(rows) == 0:
                 continue
@@ -130,10 +131,10 @@ def _drop(rows: Dataset, bad: set[int]) -> Dataset:
     return rows.select([i for i in range(len(rows)) if i not in bad]) if bad else rows
 
 
-def _generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig | None:
+def _generation_config(tokenizer: PreTrainedTokenizerBase, revision: str):
     """The `generation_config.json` beside the tokenizer, if there is one."""
     try:
-        return GenerationConfig.from_pretrained(tokenizer.name_or_path)
+        return GenerationConfig.from_pretrained(tokenizer.name_or_path, revision=revision)
     except OSError:
         return None
 
@@ -267,23 +268,20 @@ def _no_format(columns: set[str], sample: list[dict]) -> str:
     if len(set(plain.values())) == len(columns) and detect(set(plain.values()), tidy):
         names = ", ".join(f'"{old}": {new}' for old, new in sorted(plain.items()) if old != new)
         return f"the columns fit but for case and spaces; set dataset_columns: {{{names}}}"
-    for name in HOLDS:
-        if fits(name, columns) and sample and not {"chosen", "rejected"} & columns:
-            try:
-                FORMATS[name].convert(sample[0])
-            except BadRow as error:
-                return (
-                    f"columns {_listed(columns)} would be {name}, but no row can be read: {error}"
-                )
+    alike = [n for n in HOLDS if fits(n, columns)] if not {"chosen", "rejected"} & columns else []
+    for name in alike if sample else ():
+        try:
+            FORMATS[name].convert(sample[0])
+        except BadRow as error:
+            return f"columns {_listed(columns)} would be {name}, but no row can be read: {error}"
     if {"chosen", "rejected"} <= columns:
         return (
-            f"columns {_listed(columns)}: none is known to hold the prompt; name the one that does "
-            "in dataset_columns, as {its_name: prompt}"
+            f"columns {_listed(columns)}: which holds the prompt? Name it in dataset_columns: "
+            "{its_name: prompt}"
         )
-    wanted = "; ".join(f"{n}: {', '.join(needed)}" for n, (needed, *_) in FORMATS.items())
     return (
-        f"columns {_listed(columns) or '(none)'} fit no known format ({wanted}); name yours in "
-        "dataset_columns ({their_name: our_name}), or set dataset_format"
+        f"columns {_listed(columns) or '(none)'} fit no known format (docs/data.md lists them); "
+        "name yours in dataset_columns ({their_name: our_name}), or set dataset_format"
     )
 
 
