@@ -316,8 +316,6 @@ def load_config(
     for key in ("model_name_or_path", "dataset_name"):
         if not given.get(key):
             raise ConfigError(f"{path.name}: `{key}` is not set; name a folder or one of the hub's")
-    if given.get("use_cpu") and not cpu_computes_bfloat16():
-        given |= {key: SLOW_CPU[key] for key in SLOW_CPU if given.get(key) in ("bfloat16", True)}
     lacks_gpu = may_lack_gpu and not torch.cuda.is_available()
     cfg = Config(
         **_built(path.name, given | {"use_cpu": True} if lacks_gpu else given), given=given
@@ -360,6 +358,8 @@ def _given(
         given["max_length"] = AUTO
     if other_data and "questions" not in overrides:
         given.pop("questions", None)
+    if given.get("use_cpu") and not cpu_computes_bfloat16():
+        given |= {key: SLOW_CPU[key] for key in SLOW_CPU if given.get(key) in ("bfloat16", True)}
     return path, given
 
 
