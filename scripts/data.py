@@ -25,7 +25,7 @@ from scripts import plots
 from scripts.config import Config, config_from_args
 from scripts.model import find_model, load_tokenizer, resolve_model
 from scripts.pairs.checks import KINDS, PLACE, SIDES, Finding, Report
-from scripts.pairs.load import fit_pairs, hold_out, lengths_of, read_pairs
+from scripts.pairs.load import count_prompts, fit_pairs, hold_out, lengths_of, read_pairs
 from scripts.pairs.report import held_out_text, report_text
 from scripts.pairs.sources import DataError, Source
 from scripts.pairs.tokens import templated
@@ -86,6 +86,7 @@ def check_preferences(
         fit_pairs(pairs, report, cfg.dpo.max_length, cfg.dpo.truncation_mode)
     if "test" not in pairs:
         hold_out(pairs, report, source)
+    report.prompts = count_prompts(pairs)
     return pairs.remove_columns(PLACE), report
 
 

@@ -80,6 +80,19 @@ def test_a_bad_line_is_named_and_the_others_are_read(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_bad_row_of_a_csv_is_named_and_shifts_no_other(tmp_path):
+    path = put(
+        tmp_path / "a.csv",
+        b'prompt,chosen,rejected\nOh, so?,Yes.,No.\nWhy?,So.,No.,\n\nShort?,So.\nOpen?,"So.,No.\n',
+    )
+    assert list(read_file(path)) == [
+        ("a.csv:2", None, "4 cells in 3 columns"),
+        ("a.csv:3", ROW, ""),
+        ("a.csv:5", {"prompt": "Short?", "chosen": "So.", "rejected": None}, ""),
+        ("a.csv:6", None, "not CSV: unexpected end of data"),
+    ]
+
+
 def test_one_row_of_messages_in_json_is_one_row_and_not_columns(tmp_path):
     row = {side: [{"role": "user", "content": "Why?"}] for side in ROW}
     for name in ("a.json", "a.jsonl"):
@@ -104,7 +117,7 @@ def test_cells_of_a_csv_stay_text_and_an_empty_json_cell_is_null(tmp_path):
         ("a.parquet", b"PAR1 not at all", "damaged or cannot be read"),
         ("a.json", b"{", "a.json is not valid JSON"),
         ("a.json", b'{"train": [{}], "test": [{}]}', "several splits; write each"),
-        ("a.csv", b"prompt,chosen\nWhy?,So.\nWhy?,So.,No.,No.\n", "not CSV: .* line 3"),
+        ("a.csv", b"prompt,chosen,prompt\nWhy?,So.,No.\n", "two columns 'prompt'"),
         (
             "a.csv",
             "prompt,chosen\nKäse?,So.\n".encode("cp1252"),

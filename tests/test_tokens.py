@@ -166,7 +166,7 @@ def test_a_rows_tools_and_template_options_reach_check_and_trainer_alike(tiny_cf
         {"tools": json.dumps(TOOLS), "chat_template_kwargs": None},
         {"tools": "", "chat_template_kwargs": {"enable_thinking": True}},
         {"tools": [], "images": [], "ref_chosen_logps": -1.5, "ref_rejected_logps": "-2"},
-        {"tools": None, "images": None},
+        {"tools": None, "images": None, "prompt_ids": [1]},
         {},
     ]
     rows = [explicit(f"Q{i}?", "Yes.", "No.") | more for i, more in enumerate(options)]

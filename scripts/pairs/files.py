@@ -1,7 +1,8 @@
 """The rows of one file, and where each stands in it.
 
-JSON lines are read one by one, so that a bad line is reported by its number and the others are
-used. Packed files (`.gz`, `.bz2`, `.xz`) are unpacked on the way.
+JSON lines and CSV are read row by row, so that a bad row is reported by its number and the others
+are used: `datasets` fails on the whole file, or (CSV) takes an unquoted comma in the first row for
+an index and shifts all columns. Packed files (`.gz`, `.bz2`, `.xz`) are unpacked on the way.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 from ast import literal_eval
 from collections.abc import Iterator
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +79,15 @@ def read_file(path: Path, name: str | None = None) -> Iterator[Row]:
             raise
         raise DataError(f"{path} is damaged or cannot be read: {one_line(error)}") from None
     if kind in (".csv", ".tsv"):
-        yield from _numbered(name, _table(name, raw, "\t" if kind == ".tsv" else ","), first=2)
+        yield from _table(name, raw, "\t" if kind == ".tsv" else ",")
     elif (rows := _whole(name, raw)) is not None:
         yield from _numbered(name, rows)
     else:
         yield from _lines(name, raw)
 
 
-def _numbered(name: str, rows: list, first: int = 1) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=first):
+def _numbered(name: str, rows: list) -> Iterator[Row]:
+    for number, row in enumerate(rows, start=1):
         yield _object(f"{name}:{number}", row)
 
 
@@ -153,8 +155,12 @@ def _whole(name: str, raw: bytes) -> list | None:
     return [whole]
 
 
-def _table(name: str, raw: bytes, usual: str) -> list[dict]:
-    """The rows of a CSV file, all cells as text; what separates them shows in the header."""
+def _table(name: str, raw: bytes, usual: str) -> Iterator[Row]:
+    """The rows of a CSV file, all cells as text; what separates them shows in the header.
+
+    Raises:
+        DataError: it is not UTF-8, or has two columns of one name.
+    """
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -162,18 +168,34 @@ def _table(name: str, raw: bytes, usual: str) -> list[dict]:
             f"{name} is not UTF-8 (byte {error.start} is {raw[error.start]:#04x}); save it as "
             "UTF-8 (in Excel: CSV UTF-8)"
         ) from None
-    header = text.lstrip().split("\n")[0]
+    header = text.lstrip().split("\n", 1)[0]
     separator = max((usual, *",;\t|"), key=lambda s: len(next(csv.reader([header], delimiter=s))))
-    try:
-        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False)
-    except ValueError as error:  # pandas' own derive from it
-        raise DataError(f"{name} is not CSV: {one_line(error)}") from None
-    return [{key: _cell(cell) for key, cell in row.items()} for row in table.to_dict("records")]
+    csv.field_size_limit(2**31 - 1)
+    # Strict: else a quote that is never closed takes in the rest of the file as one cell.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    columns: list[str] = []
+    for number in count(1):
+        where = f"{name}:{number}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield where, None, f"not CSV: {error}"
+            continue
+        if not columns:
+            columns = cells
+            if twice := next((c for c in columns if c and columns.count(c) > 1), None):
+                raise DataError(f"{name} has two columns {twice!r}; rename or remove one")
+        elif any(cells[len(columns) :]):
+            yield where, None, f"{len(cells)} cells in {len(columns)} columns"
+        elif cells:
+            yield where, dict(zip_longest(columns, map(_cell, cells[: len(columns)]))), ""
 
 
 def _cell(value: str) -> Any:
     """A CSV cell; messages that pandas printed into it, or JSON, are read as messages."""
-    if not isinstance(value, str) or not PRINTED.match(value):
+    if not PRINTED.match(value):
         return value
     for read in (json.loads, literal_eval, lambda text: literal_eval(BETWEEN.sub("}, {", text))):
         try:

@@ -29,6 +29,7 @@ from scripts.pairs.messages import (
     split_talks,
     text_of,
 )
+from scripts.pairs.tokens import IDS
 
 Convert = Callable[[dict], dict[str, Any]]  # a row to its prompt, chosen and rejected
 
@@ -451,13 +452,14 @@ def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:
 def further_columns(row: dict, name: str) -> dict[str, Any]:
     """The columns of `row` that the format `name` does not read, such that TRL's trainer takes
     them: it reads `tools` and `chat_template_kwargs`, takes `image` or `images`, even empty ones,
-    for the sign of a vision dataset, and `ref_chosen_logps` and `ref_rejected_logps` for what its
-    own reference gave, which numbers in a file are not.
+    for the sign of a vision dataset, `prompt_ids` and its like for its own tokens, and
+    `ref_chosen_logps` and `ref_rejected_logps` for what its own reference gave, which those in a
+    file are not.
 
     Raises:
         BadRow: the row has images, or its `tools` or `chat_template_kwargs` cannot be used.
     """
-    left_out = FORMATS[name].reads() | {"ref_chosen_logps", "ref_rejected_logps"}
+    left_out = FORMATS[name].reads() | {*IDS, "ref_chosen_logps", "ref_rejected_logps"}
     kept = {k: v for k, v in row.items() if k not in left_out}
     for column in ("image", "images"):
         if kept.pop(column, None):

@@ -90,7 +90,7 @@ def read_pairs(
             ids = _tokens_of(rows, split, tokenizer, ends, problems)
             bad = _bad(rows[PLACE], split, problems, report)
             pairs[split] = _drop(concatenate_datasets([rows, ids], axis=1), bad)
-    _count(pairs, report)
+    _measure(pairs, report)
     return pairs, report
 
 
@@ -108,7 +108,7 @@ def fit_pairs(pairs: DatasetDict, report: Report, max_length: int | None, trunca
             for problem in cut_problems(ids, max_length, truncation)
         ]
         pairs[split] = _drop(rows, _bad(rows[PLACE], split, problems, report))
-    _count(pairs, report)
+    _measure(pairs, report)
 
 
 def lengths_of(pairs: Dataset) -> np.ndarray:
@@ -119,12 +119,16 @@ def lengths_of(pairs: Dataset) -> np.ndarray:
     return np.stack([pc.list_value_length(table[name]).to_numpy() for name in IDS], axis=1)
 
 
-def _count(pairs: DatasetDict, report: Report) -> None:
-    """Put the lengths and the prompts of the usable pairs into `report`."""
+def _measure(pairs: DatasetDict, report: Report) -> None:
+    """Put the lengths of the usable pairs into `report`."""
     for split, rows in pairs.items():
         if len(rows) == 0 or IDS[0] in rows.column_names:
             report.lengths[split] = lengths_of(rows)
-        report.prompts[split] = len({prompt_key(prompt) for prompt in rows["prompt"][:]})
+
+
+def count_prompts(pairs: DatasetDict) -> dict[str, int]:
+    """How many different prompts each split has."""
+    return {s: len({prompt_key(p) for p in rows["prompt"][:]}) for s, rows in pairs.items()}
 
 
 def _drop(rows: Dataset, bad: set[int]) -> Dataset:
@@ -312,7 +316,7 @@ def hold_out(pairs: DatasetDict, report: Report, source: Source) -> None:
     report.rows = {"train": report.rows["train"] - moved, "test": moved}
     report.formats["test"] = report.formats["train"]
     report.held_out = True
-    _count(pairs, report)
+    _measure(pairs, report)
 
 
 def _bad(places: list[str], split: str, problems: Iterable, report: Report) -> set[int]:
