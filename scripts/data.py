@@ -25,7 +25,7 @@ from scripts import plots
 from scripts.config import Config, config_from_args
 from scripts.model import find_model, load_tokenizer, resolve_model
 from scripts.pairs.checks import KINDS, PLACE, SIDES, Finding, Report
-from scripts.pairs.load import count_prompts, fit_pairs, hold_out, lengths_of, read_pairs
+from scripts.pairs.load import count_prompts, fit_pairs, hold_out, read_pairs, token_counts
 from scripts.pairs.report import held_out_text, report_text
 from scripts.pairs.sources import DataError, Source
 from scripts.pairs.tokens import templated
@@ -174,7 +174,7 @@ def write_findings(cfg: Config, name: str, findings: Iterable[Finding]) -> str:
 
 def token_lengths(pairs: Dataset) -> pd.DataFrame:
     """Tokens of prompt, chosen and rejected: one row a pair, template tokens included."""
-    return pd.DataFrame(lengths_of(pairs), columns=SIDES)
+    return pd.DataFrame(token_counts(pairs), columns=SIDES)
 
 
 def length_lesson(lengths: pd.DataFrame) -> str:

@@ -31,7 +31,7 @@ from scripts.data import load_preferences
 from scripts.evaluate import pair_logps, reference
 from scripts.model import free_memory, load_tokenizer, resolve_model
 from scripts.pairs.generation import generate_replies
-from scripts.pairs.load import lengths_of
+from scripts.pairs.load import token_counts
 from scripts.pairs.text import are_facts, fact_recall
 from scripts.pairs.tokens import template_options
 from scripts.probes import pick_prompts
@@ -98,7 +98,7 @@ class Size:
 
 def length_gaps(rows: Dataset) -> np.ndarray:
     """log(rejected tokens / chosen tokens) of each pair: above 0, the rejected is the longer."""
-    _, chosen, rejected = lengths_of(rows).T
+    _, chosen, rejected = token_counts(rows).T
     return np.log(rejected / chosen)
 
 

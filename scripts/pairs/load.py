@@ -100,7 +100,7 @@ def fit_pairs(pairs: DatasetDict, report: Report, max_length: int | None, trunca
     for split, rows in pairs.items():
         if len(rows) == 0:
             continue
-        prompt, *answers = lengths_of(rows).T
+        prompt, *answers = token_counts(rows).T
         over = np.flatnonzero(prompt + np.maximum(*answers) > (max_length or np.inf))
         problems = [
             (index, *problem)
@@ -111,7 +111,7 @@ def fit_pairs(pairs: DatasetDict, report: Report, max_length: int | None, trunca
     _measure(pairs, report)
 
 
-def lengths_of(pairs: Dataset) -> np.ndarray:
+def token_counts(pairs: Dataset) -> np.ndarray:
     """Tokens of prompt, chosen and rejected: (pairs, 3)."""
     if len(pairs) == 0:
         return np.zeros((0, 3), dtype=np.int64)
@@ -123,7 +123,7 @@ def _measure(pairs: DatasetDict, report: Report) -> None:
     """Put the lengths of the usable pairs into `report`."""
     for split, rows in pairs.items():
         if len(rows) == 0 or IDS[0] in rows.column_names:
-            report.lengths[split] = lengths_of(rows)
+            report.lengths[split] = token_counts(rows)
 
 
 def count_prompts(pairs: DatasetDict) -> dict[str, int]:
