@@ -143,11 +143,10 @@ def refuse_other_base(saved: Path, base: str) -> None:
 def _refuse_other_settings(model: PeftModel, saved: Path) -> None:
     """Raise an `AdapterError` if an adapter's saved config is not that of `model`'s adapter."""
     theirs, ours = PeftConfig.from_pretrained(str(saved)), model.peft_config["default"]
-    _refuse_different(
-        saved,
-        {name: getattr(theirs, name, None) for name in SETTINGS},
-        {name: getattr(ours, name, None) for name in SETTINGS},
-    )
+    there, here = ({name: getattr(c, name, None) for name in SETTINGS} for c in (theirs, ours))
+    for values in (there, here):  # sets, which print in no order
+        values |= {name: sorted(v) for name, v in values.items() if isinstance(v, set)}
+    _refuse_different(saved, there, here)
 
 
 def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -254,7 +254,7 @@ def run_case(config: str, overrides: dict, case: str, repeats: int) -> dict[str,
             attention = None if name == SHARED else name
             ways[name].append(_in_a_process([config, overrides, case, attention]))
             label = name if name == SHARED else f"trl, {name}"
-            print(f"{case:<16}{label:<24}{summary(ways[name][-1])}", flush=True)
+            print(f"{case:<16}{label:<24}{benchmark_summary(ways[name][-1])}", flush=True)
     return ways
 
 
@@ -285,7 +285,7 @@ def all_rates(runs: list[dict]) -> list[float]:
     return [rate for run in runs for rate in run.get("rates", [])]
 
 
-def summary(result: dict) -> str:
+def benchmark_summary(result: dict) -> str:
     """One measurement in a line."""
     if "error" in result:
         return f"failed: {result['error'][:120]}"
@@ -344,19 +344,19 @@ def main(args: argparse.Namespace) -> None:
             ways = run_case(args.config, more, case, args.repeats)
             results["tried"][f"{name} {case}"] = ways
             results["cases"][f"{name} {case}"] = against_best(ways)
-            save(results, folder)
+            save_results(results, folder)
     for axis, cases in {} if args.no_growth else GROWTH.items():
         ways = {case: run_case(args.config, overrides, case, 1) for case in cases}
         results["growth"][axis] = {case: against_best(found) for case, found in ways.items()}
-        save(results, folder)
-    plots.save(plots.benchmark(results), folder / "benchmark.png")
+        save_results(results, folder)
+    plots.save(plots.benchmark_chart(results), folder / "benchmark.png")
     steps = f"{args.repeats} processes of {MEASURED} steps"
     print(f"\n{results['machine']}, medians of {steps}; speed and memory: shared / trl")
     print(table(results["cases"]).round(2).to_string())
     print(f"\n{folder / 'benchmark.json'}, {folder / 'benchmark.png'}")
 
 
-def save(results: dict, folder: Path) -> None:
+def save_results(results: dict, folder: Path) -> None:
     """Keep what is measured so far, the `table` of it included."""
     folder.mkdir(parents=True, exist_ok=True)
     results["table"] = table(results["cases"]).to_dict("index")

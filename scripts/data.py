@@ -21,7 +21,6 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from scripts import plots
 from scripts.config import Config, config_from_args
 from scripts.model import find_model, load_tokenizer, resolve_model
 from scripts.pairs.checks import KINDS, PLACE, SIDES, Finding, Report
@@ -203,7 +202,7 @@ def look(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         print(f"\n--- {part}\n{text}")
 
 
-def check(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_data(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Print the report on the data, and write its findings and a figure to the run folder.
 
     Raises:
@@ -215,6 +214,8 @@ def check(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         print("\nOne pair as the model sees it:")
         for part, text in templated(pairs["train"][0], tokenizer).items():
             print(f"--- {part}\n{text}")
+    from scripts import plots  # matplotlib is needed for this figure only
+
     folder = cfg.run_dir / "data_check"
     print(f"\nAll findings: {write_findings(cfg, 'data_check/findings.jsonl', report.findings)}")
     require_pairs(pairs, report)
@@ -244,4 +245,4 @@ def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
-    (check if args.action == "check" else look)(cfg, tokenizer)
+    (check_data if args.action == "check" else look)(cfg, tokenizer)

@@ -39,7 +39,7 @@ OVERFITTED = 0.2  # accuracy on training pairs minus that on held-out ones
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that happened: a name, what it means, the numbers, and the change to try."""
 
     name: str
@@ -125,7 +125,7 @@ def _read(path: Path) -> dict:
     return values
 
 
-def diagnose(run: RunFolder) -> list[Finding]:
+def diagnose(run: RunFolder) -> list[Diagnosis]:
     """What happened, the most serious first; `steady` if nothing went wrong."""
     if broken := not_finite(run):
         return [broken]  # all other numbers are meaningless then
@@ -135,13 +135,13 @@ def diagnose(run: RunFolder) -> list[Finding]:
     return found or [steady(run)]
 
 
-def not_finite(run: RunFolder) -> Finding | None:
+def not_finite(run: RunFolder) -> Diagnosis | None:
     """NaN or infinity in a log, or in the step that ended training.
 
     transformers keeps them out of `loss`, so all columns count.
     """
     if run.failed:
-        return Finding(
+        return Diagnosis(
             "NaN",
             "the arithmetic broke down, and training stopped there",
             f"step {run.failed['step']}: {run.failed['what']}; its pairs are in failed_batch.json, "
@@ -151,7 +151,7 @@ def not_finite(run: RunFolder) -> Finding | None:
     for step in run.steps:
         bad = [k for k, v in step.items() if isinstance(v, float) and not math.isfinite(v)]
         if bad:
-            return Finding(
+            return Diagnosis(
                 "NaN",
                 "the arithmetic broke down; after that nothing was learned, and the adapter is "
                 "useless",
@@ -163,11 +163,11 @@ def not_finite(run: RunFolder) -> Finding | None:
     return None
 
 
-def too_few_steps(run: RunFolder) -> Finding | None:
+def too_few_steps(run: RunFolder) -> Diagnosis | None:
     if len(run.steps) >= FEWEST_STEPS:
         return None
     few = len(run.steps)
-    return Finding(
+    return Diagnosis(
         "too few steps",
         "this run is too short to show a trend",
         f"{few} log{'s' * (few != 1)} to step {run.steps[-1]['step']}; {FEWEST_STEPS} are needed",
@@ -175,7 +175,7 @@ def too_few_steps(run: RunFolder) -> Finding | None:
     )
 
 
-def chosen_falls(run: RunFolder) -> Finding | None:
+def chosen_falls(run: RunFolder) -> Diagnosis | None:
     """Likelihood displacement: Razin et al., arXiv 2410.08847, section 3."""
     reward, margin = run.late("rewards/chosen"), run.late("rewards/margins")
     fall = -reward / run.beta
@@ -187,7 +187,7 @@ def chosen_falls(run: RunFolder) -> Finding | None:
         else "loss_type: [sigmoid, sft] with loss_weights: [1.0, 1.0]; else "
         f"learning_rate: {run.learning_rate / 3:.2g}"
     )
-    return Finding(
+    return Diagnosis(
         "chosen reward falls",
         "the model unlearns the good answers along with the bad ones; the margin only grows "
         "because the bad ones fall further",
@@ -197,7 +197,7 @@ def chosen_falls(run: RunFolder) -> Finding | None:
     )
 
 
-def leap(run: RunFolder) -> Finding | None:
+def leap(run: RunFolder) -> Diagnosis | None:
     """More than half of the margin between two logs: the step was too large.
 
     A log is of one batch, and batches differ: the three logs after a leap must confirm it, so a
@@ -212,7 +212,7 @@ def leap(run: RunFolder) -> Finding | None:
     at = max(range(len(jumps)), key=jumps.__getitem__)
     if jumps[at] < max(LEAP_SHARE * max(map(abs, margins)), LEAP_NATS):
         return None
-    return Finding(
+    return Diagnosis(
         "margin in one leap",
         "one step decided nearly everything; the later ones could only repair it",
         f"margin {margins[at]:+.2f} at step {run.steps[at]['step']}, {margins[at + 1]:+.2f} at the "
@@ -222,14 +222,14 @@ def leap(run: RunFolder) -> Finding | None:
     )
 
 
-def right_at_once(run: RunFolder) -> Finding | None:
+def right_at_once(run: RunFolder) -> Diagnosis | None:
     accuracies = run.column("rewards/accuracies")
     early = max(2, math.ceil(EARLY * len(accuracies)))
     after = fmean(accuracies[early:])
     if after < ALL_RIGHT:
         return None
     first = next(s["step"] for s in run.steps if s["rewards/accuracies"] >= ALL_RIGHT)
-    return Finding(
+    return Diagnosis(
         "accuracy at once 1",
         "something easy tells the pairs apart, so the accuracy cannot show what later steps taught",
         f"accuracy reached {ALL_RIGHT:.2f} at step {first}, and was {after:.2f} on average after "
@@ -240,7 +240,7 @@ def right_at_once(run: RunFolder) -> Finding | None:
     )
 
 
-def length_only(run: RunFolder) -> Finding | None:
+def length_only(run: RunFolder) -> Diagnosis | None:
     """Held-out margins that follow length: Park et al., arXiv 2403.19159, section 3."""
     length = run.evaluation.get("length")
     if not length or length["rule_accuracy"] < LENGTH_RULE:
@@ -248,7 +248,7 @@ def length_only(run: RunFolder) -> Finding | None:
     follows = length["margin_correlation"]
     if follows is None or abs(follows) < LENGTH_FOLLOWS:
         return None
-    return Finding(
+    return Diagnosis(
         "length only",
         "length alone tells the held-out pairs apart, and the margins follow it; these pairs "
         "cannot show whether anything else was learned",
@@ -259,13 +259,13 @@ def length_only(run: RunFolder) -> Finding | None:
     )
 
 
-def emptier(run: RunFolder) -> Finding | None:
+def emptier(run: RunFolder) -> Diagnosis | None:
     """Shorter replies that say less: the interval of the change in key facts is all below 0."""
     measures = run.evaluation.get("measures", {})
     facts, length = measures.get("facts"), measures.get("length")
     if not facts or facts["change"]["high"] is None or facts["change"]["high"] >= 0:
         return None
-    return Finding(
+    return Diagnosis(
         "emptier replies",
         "replies mention fewer of the key facts than before",
         f"key facts {facts['base']['mean']:.2f} before, {facts['tuned']['mean']:.2f} after (change "
@@ -275,12 +275,12 @@ def emptier(run: RunFolder) -> Finding | None:
     )
 
 
-def overfitted(run: RunFolder) -> Finding | None:
+def overfitted(run: RunFolder) -> Diagnosis | None:
     held_out = run.evaluation.get("reward_accuracy", {}).get("mean")
     train = run.late("rewards/accuracies")
     if held_out is None or train - held_out < OVERFITTED:
         return None
-    return Finding(
+    return Diagnosis(
         "learned by heart",
         "the model tells training pairs apart far better than held-out ones",
         f"accuracy {train:.2f} on the last training pairs, {held_out:.2f} on held-out pairs",
@@ -288,11 +288,11 @@ def overfitted(run: RunFolder) -> Finding | None:
     )
 
 
-def nothing_learned(run: RunFolder) -> Finding | None:
+def nothing_learned(run: RunFolder) -> Diagnosis | None:
     margin = run.late("rewards/margins")
     if abs(margin) >= NO_MARGIN:
         return None
-    return Finding(
+    return Diagnosis(
         "nothing learned",
         "the policy is still the reference",
         f"margin {margin:+.3f} nats at the end, learning rate {run.learning_rate:g}",
@@ -300,8 +300,8 @@ def nothing_learned(run: RunFolder) -> Finding | None:
     )
 
 
-def steady(run: RunFolder) -> Finding:
-    return Finding(
+def steady(run: RunFolder) -> Diagnosis:
+    return Diagnosis(
         "steady",
         "the margin grew step by step and the chosen answers held up; still, read the replies",
         f"margin {run.late('rewards/margins'):+.2f}, chosen reward "
@@ -310,7 +310,7 @@ def steady(run: RunFolder) -> Finding:
     )
 
 
-CHECKS: tuple[Callable[[RunFolder], Finding | None], ...] = (
+CHECKS: tuple[Callable[[RunFolder], Diagnosis | None], ...] = (
     chosen_falls,
     leap,
     right_at_once,
@@ -321,7 +321,7 @@ CHECKS: tuple[Callable[[RunFolder], Finding | None], ...] = (
 )
 
 
-def report(folder: Path) -> Iterator[str]:
+def in_words(folder: Path) -> Iterator[str]:
     """What `python -m scripts.doctor` prints, finding by finding.
 
     Raises:
@@ -341,4 +341,4 @@ def report(folder: Path) -> Iterator[str]:
 
 
 def main(args: argparse.Namespace) -> None:
-    print("\n\n".join(report(args.folder)))
+    print("\n\n".join(in_words(args.folder)))

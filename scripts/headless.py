@@ -24,7 +24,7 @@ def section(cells: Sequence[NotebookNode], index: int) -> str:
     return ""
 
 
-def show(text: str, end: str = "\n") -> None:
+def pass_on(text: str, end: str = "\n") -> None:
     """Print; a run outlives the terminal, or the pipe, that shows it."""
     with suppress(OSError):
         print(text, end=end, flush=True)
@@ -43,17 +43,17 @@ class Client(PapermillNotebookClient):
         if msg["msg_type"] == "execute_input":
             self._come_to(section(self.nb.cells, cell_index))
         elif msg["msg_type"] == "stream":
-            show(content["text"], end="")
+            pass_on(content["text"], end="")
         elif (data := content.get("data")) and content.get("metadata", {}).get(
             LINE, "image/png" not in data
         ):
-            show(data.get("text/plain", ""))
+            pass_on(data.get("text/plain", ""))
         return super().process_message(msg, cell, cell_index)
 
     def _come_to(self, name: str) -> None:
         if name != self._section:
             self._section = name
-            show(f"\n--- {name} ---")
+            pass_on(f"\n--- {name} ---")
 
 
 class Engine(NBClientEngine):

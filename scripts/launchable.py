@@ -122,7 +122,7 @@ def brev_problems(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def check(values: dict[str, Any], path: Path = FILE) -> None:
+def check_file(values: dict[str, Any], path: Path = FILE) -> None:
     """Check the file; by Docker Compose too, where it is installed.
 
     Raises:
@@ -163,7 +163,7 @@ def clicks(values: dict[str, Any], repository: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     values = read(args.file)
-    check(values, args.file)
+    check_file(values, args.file)
     repository = args.repository or variables(values).get("REPOSITORY") or PLACEHOLDER
     repository = repository.rstrip("/").removesuffix(".git")
     if not REPOSITORY.fullmatch(repository):

@@ -283,7 +283,7 @@ def time_table(
 # The command.
 
 
-def report(cfg: Config, data: DatasetSize) -> str:
+def plan_text(cfg: Config, data: DatasetSize) -> str:
     """The whole plan as text: memory for pairs as long as `max_length` allows, time for those and
     for `data.usual` lengths."""
     config = architecture(cfg)
@@ -350,4 +350,4 @@ def main(args: argparse.Namespace) -> None:
         data = data._replace(pairs=args.pairs, source="--pairs")
     if args.lengths:
         data = data._replace(usual=Lengths(*parse_case(f"{args.lengths}x1")[:3]))
-    print(report(cfg, data))
+    print(plan_text(cfg, data))

@@ -11,10 +11,10 @@ from scripts.benchmark import (
     MEASURED,
     StepRecorder,
     against_best,
+    benchmark_summary,
     measure,
     profile,
     require_sharing,
-    summary,
     table,
     trl_attentions,
 )
@@ -98,14 +98,14 @@ def test_the_table_has_medians_ranges_and_ratios(ways):
     assert (row["pairs_per_second shared"], row["range shared"]) == (5.5, "4.00-9.00")
     assert row["speed"] == 2.75
     assert (row["peak_gb trl"], row["peak_gb shared"], row["memory"]) == (8.0, 3.0, 0.375)
-    assert "2.00 pairs/s (1.00-3.00)" in summary(ways["eager"][0])
-    assert summary(ways["eager"][1]) == "failed: out of memory"
+    assert "2.00 pairs/s (1.00-3.00)" in benchmark_summary(ways["eager"][0])
+    assert benchmark_summary(ways["eager"][1]) == "failed: out of memory"
 
 
 def test_the_figure_draws_medians_and_their_ranges(ways):
     case = against_best(ways)
     growth = {"prompt": {"64/1/1x2": case, "128/1/1x2": case}}
-    figure = plots.benchmark({"cases": {"a": case}, "growth": growth})
+    figure = plots.benchmark_chart({"cases": {"a": case}, "growth": growth})
     speed, memory, seconds = figure.axes
     assert [bar.get_width() for bar in speed.patches] == [2.0, 5.5]
     assert [bar.get_width() for bar in memory.patches] == [8.0, 3.0]

@@ -12,7 +12,7 @@ import pytest
 from conftest import explicit, write_jsonl
 
 from scripts.base import ROOT, RecipeError
-from scripts.doctor import diagnose, read_run, report
+from scripts.doctor import diagnose, in_words, read_run
 from scripts.evaluate import evaluate, length_follows, save_evaluation
 from scripts.training import assemble
 
@@ -166,14 +166,14 @@ def test_the_command_prints_it_and_names_what_is_missing(trained, tmp_path):
     command = [sys.executable, "-m", "scripts.doctor"]
     done = subprocess.run([*command, folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout == "\n\n".join(report(folder)) + "\n"
+    assert done.stdout == "\n\n".join(in_words(folder)) + "\n"
     assert "no evaluation.json yet" in done.stdout
     done = subprocess.run([*command, tmp_path / "none"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "no such folder" in done.stderr
     (folder / "metrics.jsonl").write_text('{"step": 1, "lo')
     with pytest.raises(RecipeError, match="line 1 is not JSON"):
-        list(report(folder))
+        list(in_words(folder))
 
 
 @pytest.mark.parametrize(
@@ -188,11 +188,11 @@ def test_the_command_prints_it_and_names_what_is_missing(trained, tmp_path):
     ],
 )
 def test_a_damaged_folder_is_told_in_one_line(tmp_path, name, text, said):
-    assert list(report(log_of(tmp_path)))
+    assert list(in_words(log_of(tmp_path)))
     with (tmp_path / name).open("ab") as file:
         file.write(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(RecipeError, match=said) as told:
-        list(report(tmp_path))
+        list(in_words(tmp_path))
     assert "\n" not in str(told.value)
 
 

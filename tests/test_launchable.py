@@ -83,7 +83,7 @@ def test_what_would_not_work_is_said(values, path, value, said):
     changed = copy.deepcopy(values)
     change(changed, path, value)
     with pytest.raises(launchable.LaunchableError) as error:
-        launchable.check(changed)
+        launchable.check_file(changed)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert changed != values
 
@@ -91,7 +91,7 @@ def test_what_would_not_work_is_said(values, path, value, said):
 def test_a_dollar_meant_for_the_shell_and_an_extra_key_are_fine(values):
     values["x-mine"] = {"any": "$thing"}
     values["services"]["recipe"]["command"] = ["bash", "-c", "echo $$HOME"]
-    launchable.check(values)
+    launchable.check_file(values)
 
 
 @pytest.mark.parametrize(

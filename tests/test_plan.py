@@ -36,7 +36,7 @@ from scripts.plan import (
     hardware,
     kept_checkpoints,
     parse_case,
-    report,
+    plan_text,
     smaller,
     step_flops,
     time_table,
@@ -530,7 +530,7 @@ def test_the_command_needs_neither_weights_nor_network():
 
 def test_on_a_cpu_the_plan_tells_what_a_run_comes_to_hold(tiny_cfg):
     cfg = tiny_cfg(use_cpu=True)
-    text = report(cfg, dataset_size(cfg))
+    text = plan_text(cfg, dataset_size(cfg))
     step = float(text.split("\npeak ")[1].split()[2])
     told = float(re.search(r"half as much again, ([\d.]+) GB, until the evaluation", text)[1])
     assert told == pytest.approx(1.5 * step, abs=0.06)
@@ -545,7 +545,7 @@ def test_on_a_cpu_the_plan_tells_what_a_run_comes_to_hold(tiny_cfg):
     ],
 )
 def test_the_plan_says_what_it_was_not_held_against(overrides, remark):
-    text = report(planned(A100, **overrides), dataset_size(planned(A100)))
+    text = plan_text(planned(A100, **overrides), dataset_size(planned(A100)))
     assert remark in text
 
 

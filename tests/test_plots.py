@@ -106,7 +106,7 @@ def every_figure() -> dict:
         "pair_lengths": plots.pair_lengths(lengths),
         "data_check": plots.data_check(Report([], {"train": 1}, {"train": np.ones((1, 3))}, 160)),
         "before_after": plots.before_after(evaluation, replies),
-        "benchmark": plots.benchmark(
+        "benchmark": plots.benchmark_chart(
             {"cases": {"a": case}, "growth": {"prompt": {"64/1/1x2": case}}}
         ),
         "beta_surface": plots.beta_surface(),

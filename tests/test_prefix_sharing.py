@@ -55,8 +55,8 @@ from scripts.sharing.attention import (
 from scripts.sharing.forward import share_prefixes
 from scripts.sharing.head import AnswerLogps
 from scripts.sharing.lora import fuse_adapter
-from scripts.sharing.reference import COLUMNS as REFERENCE
-from scripts.sharing.reference import cache_folder as reference_cache
+from scripts.sharing.reference_cache import COLUMNS as REFERENCE
+from scripts.sharing.reference_cache import cache_folder as reference_cache
 from scripts.sharing.row import fill_up, pack
 from scripts.sharing.support import PrefixSharingError
 from scripts.sharing.trainer import PrefixSharedDPOTrainer

@@ -144,7 +144,7 @@ def _whole(name: str, raw: bytes) -> list | None:
     if len(columns) > 1 and all(isinstance(column, dict) for column in columns):
         return pd.DataFrame(whole).to_dict("records")
     lists = [column for column in columns if column and isinstance(column, list)]
-    if len(lists) == 1 and len(columns) == 1:
+    if len(lists) == 1 and len(columns) == 1 and not _are_messages(lists[0]):
         return lists[0]
     if lists == columns and not any(isinstance(cell, dict) for column in lists for cell in column):
         return pd.DataFrame(whole).to_dict("records")
@@ -202,6 +202,10 @@ def _cell(value: str) -> Any:
             parsed = read(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if all(isinstance(m, dict) and {"role", "from"} & set(m) for m in parsed):
+        if _are_messages(parsed):
             return parsed
     return value
+
+
+def _are_messages(values: Any) -> bool:
+    return all(isinstance(m, dict) and {"role", "from"} & set(m) for m in values)

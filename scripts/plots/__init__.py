@@ -10,9 +10,9 @@ from scripts.plots.concepts import (
     quantization,
     spectrum,
 )
-from scripts.plots.run import (
+from scripts.plots.figures import (
     before_after,
-    benchmark,
+    benchmark_chart,
     compared_runs,
     data_check,
     memory_timeline,
@@ -23,7 +23,7 @@ from scripts.plots.style import described, save
 
 __all__ = [
     "before_after",
-    "benchmark",
+    "benchmark_chart",
     "beta_surface",
     "coloured_answers",
     "compared_runs",

@@ -18,7 +18,7 @@ shape that TRL's own forward gives, so losses, metrics, callbacks, saving and re
 | `lora.py` | the adapter's update added inside its own product |
 | `forward.py` | the model's forward made of these, switched on and off |
 | `support.py` | which models can share, and the proof before training that this one does |
-| `reference.py` | reference log-probabilities kept on disk |
+| `reference_cache.py` | reference log-probabilities kept on disk |
 | `trainer.py` | TRL's trainer over all of it |
 
 Tensors are named with their dimensions as a suffix, `hidden_ND` for (N, D):

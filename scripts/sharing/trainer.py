@@ -14,7 +14,7 @@ from peft import PeftModel
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
-from scripts.sharing import reference
+from scripts.sharing import reference_cache
 from scripts.sharing.forward import log_probs_only, share_prefixes
 from scripts.sharing.lora import fuse_adapter, unfuse_adapter
 from scripts.sharing.support import (
@@ -193,7 +193,7 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         scored = self.compute_ref_log_probs(self._reference_model(), inputs)
         self.precompute_ref_logps = True
         try:
-            known = dict(zip(reference.COLUMNS, scored, strict=True))
+            known = dict(zip(reference_cache.COLUMNS, scored, strict=True))
             return self._noted_loss(model, {**inputs, **known}, return_outputs)
         finally:
             self.precompute_ref_logps = False
@@ -213,16 +213,19 @@ class PrefixSharedDPOTrainer(DPOTrainer):
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         model = self.accelerator.unwrap_model(self._reference_model())
-        file = reference.cache_folder() / f"{reference.cache_key(model, dataset, self.args)}.npz"
+        file = (
+            reference_cache.cache_folder()
+            / f"{reference_cache.cache_key(model, dataset, self.args)}.npz"
+        )
         if not file.exists():
-            columns = reference.token_columns(dataset)
+            columns = reference_cache.token_columns(dataset)
             sizes = [sum(map(len, ids)) for ids in zip(*columns, strict=True)]
             order = np.argsort(sizes)[::-1]  # what does not fit in memory fails at once
             scored = super()._precompute_ref_logps(dataset.select(order), name, batch_size)
             if self.accelerator.is_main_process:
-                kept = {k: np.empty(len(order), np.float32) for k in reference.COLUMNS}
+                kept = {k: np.empty(len(order), np.float32) for k in reference_cache.COLUMNS}
                 for column, values in kept.items():
                     values[order] = scored[column]
-                reference.save(file, kept)
+                reference_cache.save_logps(file, kept)
             self.accelerator.wait_for_everyone()
-        return concatenate_datasets([dataset, reference.load(file)], axis=1)
+        return concatenate_datasets([dataset, reference_cache.load_logps(file)], axis=1)

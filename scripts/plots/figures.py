@@ -287,7 +287,7 @@ def before_after(figures: dict, frame: pd.DataFrame) -> Figure:
     )
 
 
-def benchmark(results: dict) -> Figure:
+def benchmark_chart(results: dict) -> Figure:
     """Speed and peak memory of both trainers by case, and how the time of a pair grows.
 
     `results` is what `scripts.benchmark` writes as `benchmark.json`. Bars are medians of all

@@ -49,7 +49,7 @@ def cache_key(model: torch.nn.Module, dataset: Dataset, args: DPOConfig) -> str:
     return digest.hexdigest()[:32]
 
 
-def save(file: Path, columns: dict[str, np.ndarray]) -> None:
+def save_logps(file: Path, columns: dict[str, np.ndarray]) -> None:
     """Write the columns, float32 of shape (pairs,), in one step: a kill leaves no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_suffix(".part").open("wb") as part:
@@ -57,7 +57,7 @@ def save(file: Path, columns: dict[str, np.ndarray]) -> None:
     file.with_suffix(".part").rename(file)
 
 
-def load(file: Path) -> Dataset:
+def load_logps(file: Path) -> Dataset:
     """The columns of `file`, to be put beside the pairs."""
     kept = np.load(file)
     return Dataset.from_dict({column: kept[column] for column in COLUMNS})
