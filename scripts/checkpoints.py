@@ -304,7 +304,7 @@ def explained(folder: Path, doing: str) -> Iterator[None]:
 class Checkpoints(TrainerCallback):
     """Seals checkpoints, looks for a stop, and refuses numbers that are not finite.
 
-    It needs `resumable` around `trainer.train`, which tells it of the trainer.
+    It acts inside `resumable`, which tells it of the trainer, and does nothing elsewhere.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -324,6 +324,8 @@ class Checkpoints(TrainerCallback):
     # What transformers calls.
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if self.trainer is None:
+            return
         if state.global_step > state.max_steps:
             raise RecipeError(
                 f"{self.kept} is of step {state.global_step}, and max_steps or num_train_epochs "
@@ -340,6 +342,8 @@ class Checkpoints(TrainerCallback):
         self._epoch_rng = _random_state() if at_boundary else None
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if self.trainer is None:
+            return
         self._start = {"rng": self._epoch_rng or _random_state()} | self._summed()
         self._epoch_rng = None
         self._batches.clear()
@@ -353,8 +357,10 @@ class Checkpoints(TrainerCallback):
             self._stop_if_asked()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if self.trainer is None:
+            return
         # float16's scaler meets infinite gradients now and then, and leaves their step out
-        if self.trainer is None or self.trainer.accelerator.scaler is None:
+        if self.trainer.accelerator.scaler is None:
             _refuse_not_finite(
                 [p.grad for p in model.parameters() if p.grad is not None],
                 lambda: self._not_finite("a gradient"),
@@ -362,6 +368,8 @@ class Checkpoints(TrainerCallback):
         self._updating = True  # from here on the optimiser changes the weights
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        if self.trainer is None:
+            return
         _refuse_not_finite(
             [p for p in model.parameters() if p.requires_grad],
             lambda: self._not_finite("a weight after the step"),
@@ -475,7 +483,8 @@ class Checkpoints(TrainerCallback):
             pairs = zip(texts[:half], texts[half:], strict=True)
             rows += [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
         path = self.run_dir / "failed_batch.json"
-        found = {"step": self.trainer.state.global_step + 1, "what": what, "pairs": rows}
+        found = {"step": self.trainer.state.global_step + 1, "what": f"{what} is not finite"}
+        found["pairs"] = rows
         write_whole(path, json.dumps(found, indent=1, ensure_ascii=False))
         return self.ended(
             f"{what} is not finite; the step's pairs are in {path}. A lower learning_rate, a "
@@ -532,6 +541,7 @@ def resumable(trainer: DPOTrainer) -> Iterator[str | None]:
         del trainer.train
         trainer.args.save_total_limit = keeper.limit
         hook.remove()
+        keeper.trainer = None
 
 
 def _to_resume_from(trainer: DPOTrainer, keeper: Checkpoints) -> str | None:
