@@ -191,6 +191,7 @@ class Config:
     dpo: DPOConfig
     given: dict[str, Any] = field(default_factory=dict)
     turned: set[str] = field(default_factory=set)  # keys that a notebook's cell changed (`use`)
+    slow: list[str] = field(default_factory=list)  # keys that asked a slow CPU for bfloat16
 
     @property
     def run_dir(self) -> Path:
@@ -299,7 +300,8 @@ def load_config(
     overrides and no `max_length`, it is `auto`. A run that is resumed keeps the one it began with.
     `questions`, too, are then left out, and the models tried on the held-out prompts of the data.
 
-    On a CPU without fast bfloat16, `dtype: bfloat16` and `bf16: true` become float32.
+    On a CPU without fast bfloat16, `dtype: bfloat16` and `bf16: true` become float32; `start_run`
+    says so.
 
     `output_dir`, if given, is the run folder. With `may_lack_gpu` a config for a GPU is read on a
     machine without one, to plan or check a run that another machine will do; the folders that it
@@ -310,16 +312,15 @@ def load_config(
             of the wrong type, out of range or refused by TRL, two settings contradict each other,
             or a folder that is named cannot serve.
     """
-    path, given = _given(path, overrides, output_dir)
+    path, given, slow = _given(path, overrides, output_dir)
     if given.get("max_length") == AUTO and given.get("resume_from_checkpoint"):
         given["max_length"] = _length_of_run(Path(given["output_dir"]) / "config.yaml")
     for key in ("model_name_or_path", "dataset_name"):
         if not given.get(key):
             raise ConfigError(f"{path.name}: `{key}` is not set; name a folder or one of the hub's")
     lacks_gpu = may_lack_gpu and not torch.cuda.is_available()
-    cfg = Config(
-        **_built(path.name, given | {"use_cpu": True} if lacks_gpu else given), given=given
-    )
+    parts = _built(path.name, given | {"use_cpu": True} if lacks_gpu else given)
+    cfg = Config(**parts, given=given, slow=slow)
     for problem in _contradictions(cfg):
         raise ConfigError(f"{path.name}: {problem}")
     if isinstance(targets := given.get("lora_target_modules"), list):
@@ -338,8 +339,9 @@ def cpu_computes_bfloat16() -> bool:
 
 def _given(
     path: str | Path, overrides: dict[str, Any] | None, output_dir: str | None
-) -> tuple[Path, dict[str, Any]]:
-    """The config file, and the values that it and the overrides give, checked one by one."""
+) -> tuple[Path, dict[str, Any], list[str]]:
+    """The config file; the values that it and the overrides give, checked one by one; and which of
+    them were turned into float32's."""
     path, values = _read_file(path)
     if not isinstance(overrides, dict | None):
         raise ConfigError(
@@ -358,9 +360,11 @@ def _given(
         given["max_length"] = AUTO
     if other_data and "questions" not in overrides:
         given.pop("questions", None)
+    slow = []
     if given.get("use_cpu") and not cpu_computes_bfloat16():
-        given |= {key: SLOW_CPU[key] for key in SLOW_CPU if given.get(key) in ("bfloat16", True)}
-    return path, given
+        slow = [key for key in SLOW_CPU if given.get(key) in ("bfloat16", True)]
+        given |= {key: SLOW_CPU[key] for key in slow}
+    return path, given, slow
 
 
 def _read_file(path: str | Path) -> tuple[Path, dict]:
@@ -602,7 +606,7 @@ def refuse_changed(
     For a notebook, where a value can be changed without running what depends on it. The config is
     not built again: that would reset what a trainer in the same process stands on.
     """
-    _, now = _given(path, overrides, output_dir)
+    _, now, _ = _given(path, overrides, output_dir)
     then, free = cfg.given, {*cfg.turned, "resume_from_checkpoint"}
     if now.get("max_length") == AUTO:
         free.add("max_length")

@@ -243,10 +243,15 @@ def autocast(cfg: Config) -> bool:
     return bool(cfg.dpo.bf16 or cfg.dpo.fp16)
 
 
+def computed_word(cfg: Config) -> int:
+    """Bytes of a number that a layer computes: 16 bits under autocast, else as the weights are."""
+    return 2 if autocast(cfg) else word_bytes(cfg)
+
+
 def input_word(cfg: Config, sizes: ModelSizes) -> int:
     """Bytes of a number that goes into the adapter: float32 as the adapter is, or 16 bits under
     autocast."""
-    return 4 if sizes.rank and not autocast(cfg) else 2
+    return 4 if sizes.rank and not autocast(cfg) else computed_word(cfg)
 
 
 def checkpointing(cfg: Config) -> bool:
@@ -258,65 +263,67 @@ def input_bytes(cfg: Config, sizes: ModelSizes) -> float:
     """What a token leaves in one layer as the input of the trained projections.
 
     Under autocast an adapter reads what the layer reads, in 16 bits; queries, keys and values read
-    the same, and so do gate and up. Without autocast each adapter has a float32 copy of its own.
-    Each adapter also keeps its r numbers between A and B.
+    the same, and so do gate and up. So it is in a float32 layer. In a 16-bit layer without autocast
+    each adapter has a float32 copy of its own. Each adapter also keeps its r numbers between A and
+    B.
     """
     widths = {"attention": sizes.width, "output": sizes.attention_width,
               "feed-forward": sizes.width, "down": sizes.mlp_width}  # fmt: skip
     word = input_word(cfg, sizes)
-    copies = sum if word == 4 else max
+    copies = sum if word > computed_word(cfg) else max
     own = sum(widths[of] * copies(sizes.adapted[name] for name in names)
               for of, names in READERS.items())  # fmt: skip
     return word * (own + sizes.rank * sum(sizes.adapted.values()))
 
 
-def cpu_attention_bytes(sizes: ModelSizes, lengths: Lengths, pairs: int) -> float:
+def cpu_attention_bytes(sizes: ModelSizes, lengths: Lengths, pairs: int, word: int) -> float:
     """What attention keeps in one layer on a CPU, besides queries, keys and values.
 
-    The probabilities: 2 bytes for each head, query and visible key, in blocks of `BLOCK` queries;
-    and the prompt's keys and values written out once more beside those of rejected.
+    The probabilities: `word` bytes for each head, query and visible key, in blocks of `BLOCK`
+    queries; and the prompt's keys and values written out once more beside those of rejected.
     """
     prompt, chosen, rejected = lengths
-    shared = 2 * 2 * sizes.attention_width * (prompt + rejected)
+    shared = 2 * word * sizes.attention_width * (prompt + rejected)
     seen = 0
     for queries, keys in ((prompt + chosen, prompt + chosen), (rejected, prompt + rejected)):
         for start in range(0, queries, BLOCK):
             size = min(BLOCK, queries - start)
             seen += size * (keys - queries + start + size)
-    return pairs * (2 * sizes.heads * seen + shared)
+    return pairs * (word * sizes.heads * seen + shared)
 
 
 def layer_bytes(cfg: Config, sizes: ModelSizes, lengths: Lengths, cuda: bool) -> float:
     """What one layer's forward pass keeps for its backward, for a micro-batch.
 
-    A token leaves the inputs of its two norms in float32 (8 d; where the norms are trained also
-    their results in 16 bits, 4 d); gate, its activation and up in 16 bits (6 f); the inputs of what
-    is trained; and in attention:
+    In bytes for 16 bits, of which `word` makes 32 where the layer computes in float32: a token
+    leaves the inputs of its two norms in float32 (8 d; where the norms are trained also their
+    results, 4 d); gate, its activation and up (6 f); the inputs of what is trained; and in
+    attention:
     - on a CPU: queries, keys and values of every head (6 a), and `cpu_attention_bytes`;
     - on a GPU with prefix sharing: queries and the result (4 a), keys and values (4 k), and those
       of the prompt and of rejected once more, side by side (4 k each);
     - on a GPU TRL's way: queries, keys, values and the result, all as wide as the heads (8 a),
-      where the adapter of the output reads the result as it lies; and the mask in 16 bits.
+      where the adapter of the output reads the result as it lies; and the mask.
     """
-    pairs = cfg.dpo.per_device_train_batch_size
+    pairs, word = cfg.dpo.per_device_train_batch_size, computed_word(cfg)
     tokens, _ = row_tokens(cfg, lengths, pairs)
     inner, keys = sizes.attention_width, sizes.key_width
-    norms = (8 if sizes.rank else 12) * sizes.width
-    kept = tokens * (norms + 6 * sizes.mlp_width + input_bytes(cfg, sizes))
+    norms = (8 if sizes.rank else 8 + 2 * word) * sizes.width
+    kept = tokens * (norms + 3 * word * sizes.mlp_width + input_bytes(cfg, sizes))
     if not cuda:
-        return kept + tokens * 6 * inner + cpu_attention_bytes(sizes, lengths, pairs)
+        return kept + tokens * 3 * word * inner + cpu_attention_bytes(sizes, lengths, pairs, word)
     if cfg.recipe.prefix_sharing:
-        again = pairs * 4 * keys * (lengths.prompt + lengths.rejected)
-        return kept + tokens * (4 * inner + 4 * keys) + again
-    if input_word(cfg, sizes) == 2:
-        kept -= tokens * 2 * inner * sizes.adapted["o_proj"]
-    return kept + tokens * 8 * inner + 2 * tokens * tokens / (2 * pairs)
+        again = pairs * 2 * word * keys * (lengths.prompt + lengths.rejected)
+        return kept + tokens * 2 * word * (inner + keys) + again
+    if input_word(cfg, sizes) == word:
+        kept -= tokens * word * inner * sizes.adapted["o_proj"]
+    return kept + tokens * 4 * word * inner + word * tokens * tokens / (2 * pairs)
 
 
-def cpu_head_bytes(sizes: ModelSizes, answers: int) -> float:
-    """Logits that exist at once on a CPU (`CHUNK` bytes, twice, and what the product keeps), and
-    for each answer token three hidden states in 16 bits."""
-    return 2 * CHUNK + 3 * 4 * CACHED + 3 * 2 * sizes.width * answers
+def cpu_head_bytes(sizes: ModelSizes, answers: int, word: int) -> float:
+    """Logits that exist at once on a CPU (`CHUNK`, and what the product keeps), and for each answer
+    token three hidden states, all of `word` bytes."""
+    return word * CHUNK + 3 * 4 * CACHED + 3 * word * sizes.width * answers
 
 
 def gpu_head_bytes(sizes: ModelSizes, tokens: int, answers: int) -> float:
@@ -329,10 +336,11 @@ def gpu_head_bytes(sizes: ModelSizes, tokens: int, answers: int) -> float:
     return head
 
 
-def layer_in_passing(sizes: ModelSizes, tokens: int) -> float:
-    """One layer at a time while `tokens` go through it: gate, its activation and up (6 f), four
-    hidden states (8 d), and one matrix in 16 bits (2 d f)."""
-    return tokens * (6 * sizes.mlp_width + 8 * sizes.width) + 2 * sizes.width * sizes.mlp_width
+def layer_in_passing(sizes: ModelSizes, tokens: int, word: int) -> float:
+    """One layer at a time while `tokens` go through it: gate, its activation and up, four hidden
+    states, and one matrix, in numbers of `word` bytes."""
+    states = tokens * (3 * sizes.mlp_width + 4 * sizes.width)
+    return word * (states + sizes.width * sizes.mlp_width)
 
 
 def gpu_backward(cfg: Config, sizes: ModelSizes, tokens: int, answers: int) -> float:
@@ -357,24 +365,25 @@ def step_bytes(cfg: Config, sizes: ModelSizes, lengths: Lengths, cuda: bool) -> 
     """What a micro-batch takes besides what is stored: kept activations, and what is in the air.
 
     Autocast keeps a 16-bit copy of the whole adapter. With checkpointing each layer keeps its input
-    (2 d a token), and the peak is either in the backward pass, where one layer's activations are
+    (d numbers a token), and the peak is either in the backward pass, where one layer's activations are
     there again, or at the end of the forward pass, which has copied every A.
     """
     tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
     layer = layer_bytes(cfg, sizes, lengths, cuda)
-    inputs = sizes.layers * tokens * 2 * sizes.width
+    word = computed_word(cfg)
+    inputs = sizes.layers * tokens * word * sizes.width
     copies = 2 * sizes.trained if sizes.rank and autocast(cfg) else 0
     if not cuda:
         kept = inputs + layer if checkpointing(cfg) else sizes.layers * layer
-        return {"activations": kept + copies, "passing": layer_in_passing(sizes, tokens),
-                "logits": cpu_head_bytes(sizes, answers)}  # fmt: skip
+        return {"activations": kept + copies, "passing": layer_in_passing(sizes, tokens, word),
+                "logits": cpu_head_bytes(sizes, answers, word)}  # fmt: skip
     backward = gpu_backward(cfg, sizes, tokens, answers)
     if not checkpointing(cfg):
         return {"activations": sizes.layers * layer + copies, "passing": backward}
     again = layer + backward + copies / sizes.layers
     return {
         "activations": inputs,
-        "passing": max(again, layer_in_passing(sizes, tokens) + copies / 2),
+        "passing": max(again, layer_in_passing(sizes, tokens, word) + copies / 2),
     }
 
 
@@ -384,13 +393,13 @@ def reference_bytes(
     """What scoring the reference takes besides the weights, from the second micro-batch on: one
     forward pass beside gradients and optimiser. TRL scores it between the policy's forward and
     backward, beside the activations that the policy keeps."""
-    kept = stored(cfg, sizes, cuda)
+    kept, word = stored(cfg, sizes, cuda), computed_word(cfg)
     tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
     if not cuda:
-        return {"adapter": kept["adapter"], "passing": layer_in_passing(sizes, tokens),
-                "logits": cpu_head_bytes(sizes, answers)}  # fmt: skip
+        return {"adapter": kept["adapter"], "passing": layer_in_passing(sizes, tokens, word),
+                "logits": cpu_head_bytes(sizes, answers, word)}  # fmt: skip
     parts = {name: kept[name] for name in ("adapter", "gradients", "optimiser", PAGED)}
-    parts["passing"] = layer_in_passing(sizes, tokens)
+    parts["passing"] = layer_in_passing(sizes, tokens, word)
     if not cfg.recipe.prefix_sharing:
         parts["activations"] = step_bytes(cfg, sizes, lengths, cuda)["activations"]
     return parts
@@ -416,14 +425,14 @@ def evaluation_bytes(cfg: Config, sizes: ModelSizes, lengths: Lengths) -> dict[s
     replies, word = cfg.recipe.generation_batch_size, word_bytes(cfg)
     tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_eval_batch_size)
     longest = lengths.prompt + max(lengths.chosen, lengths.rejected)
-    generating = layer_in_passing(sizes, replies * longest)
+    generating = layer_in_passing(sizes, replies * longest, word)
     if sizes.rank:
         generating += 4 * replies * longest * (sizes.width + 2 * sizes.mlp_width)
     last = replies * sizes.vocabulary * (word + 4)
     return {
         "KV cache": cache_bytes(sizes, replies, longest + cfg.recipe.max_new_tokens, word),
-        "activations": max(generating, layer_in_passing(sizes, tokens)),
-        "logits": max(last, cpu_head_bytes(sizes, answers)),
+        "activations": max(generating, layer_in_passing(sizes, tokens, word)),
+        "logits": max(last, cpu_head_bytes(sizes, answers, word)),
     }
 
 
@@ -455,20 +464,23 @@ def phases(
     """Bytes by phase of a run and by part.
 
     `runtime` is what is there before the model: the CUDA context, or the process with its imports.
-    On a CPU the pages of the file that the weights were read from count as the process's own; the
-    system takes them back when it needs them.
+    On a CPU the pages of the file that the weights were read from count as the process's own, as
+    long as weights lie there as they are used; the system takes them back when it needs them. To
+    float32 a file is converted, and closed.
     """
     kept = stored(cfg, sizes, cuda)
     first = {"runtime": runtime}
-    file = {} if cuda else {"model file, mapped": 2 * sizes.base, "libraries in use": IN_USE}
+    libraries = {} if cuda else {"libraries in use": IN_USE}
+    mapped = {} if cuda else {"model file, mapped": 2 * sizes.base}
+    file = libraries | (mapped if word_bytes(cfg) == 2 else {})
     weights = {k: kept[k] for k in ("weights", "reference model")} | file
     optimiser = {k: kept[k] for k in ("adapter", "optimiser", PAGED)}
     return {
-        "load": first | weights | {"passing": 4 * sizes.vocabulary * sizes.width},
+        "load": first | weights | mapped | {"passing": 4 * sizes.vocabulary * sizes.width},
         "reference": first | weights | reference_bytes(cfg, sizes, lengths, cuda),
         "step": first | kept | file | step_bytes(cfg, sizes, lengths, cuda),
         "evaluate": first | weights | optimiser | evaluation_bytes(cfg, sizes, lengths),
-        "merge": first | file | merge_bytes(cfg, sizes, cuda),
+        "merge": first | libraries | mapped | merge_bytes(cfg, sizes, cuda),
     }
 
 

@@ -171,6 +171,8 @@ def start_run(cfg: Config) -> dict[str, str]:
     facts = describe_machine()
     if not cfg.is_main_process:
         return facts
+    if cfg.slow:
+        print(f"This CPU computes bfloat16 slowly: the run uses float32 ({', '.join(cfg.slow)})")
     with explained(cfg.run_dir, "making the run folder"):
         hold(cfg.run_dir)
         if not cfg.dpo.resume_from_checkpoint:

@@ -186,6 +186,12 @@ def tiny_cfg(tiny_llama3, pairs_folder, tmp_path):
 
 
 @pytest.fixture
+def any_cpu_in_bfloat16(monkeypatch):
+    """Has configs keep their bfloat16 on a CPU that computes it slowly: the models are tiny."""
+    monkeypatch.setattr("scripts.config.cpu_computes_bfloat16", lambda: True)
+
+
+@pytest.fixture
 def tiny_run(tiny_cfg):
     """Makes trainer and config of a tiny run. Building a config resets accelerate's state, so a
     test that uses a trainer takes its config from here."""

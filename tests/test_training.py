@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import get_peft_config
 
+from scripts.config import load_config
 from scripts.evaluate import implicit_rewards, pair_logps
 from scripts.export import completion_logps
 from scripts.model import load_model, load_tokenizer, parameter_counts
@@ -192,6 +193,18 @@ def test_run_folder_says_what_made_it(tiny_cfg):
     assert facts == describe_machine()
     assert json.loads((cfg.run_dir / "environment.json").read_text())["trl"] == "1.16.0"
     assert "beta: 0.1" in (cfg.run_dir / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["slow CPU", "fast CPU"])
+def test_a_run_says_that_it_computes_in_float32(tiny_cfg, monkeypatch, capsys, fast):
+    monkeypatch.setattr("scripts.config.cpu_computes_bfloat16", lambda: fast)
+    cfg = tiny_cfg(dtype="bfloat16", bf16=True)
+    start_run(cfg)
+    line = "This CPU computes bfloat16 slowly: the run uses float32 (dtype, bf16)"
+    assert capsys.readouterr().out.count(line) == (not fast)
+    assert str(cfg.model.dtype).endswith("bfloat16" if fast else "float32")
+    again = load_config(cfg.run_dir / "config.yaml")  # what the run uses stands there
+    assert not again.slow and again.dpo.bf16 == fast
 
 
 @pytest.mark.gpu
