@@ -103,17 +103,24 @@ def lengths_of(batch: dict) -> np.ndarray:
 
 
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in a product of two large square matrices, the median of ten."""
+    """Operations a second in a product of two large square matrices, the median of five."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(12):
+    for _ in range(6):
         _wait(device)
         start = time.perf_counter()
         a @ b
         _wait(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / median(seconds[2:])
+    return 2 * size**3 / median(seconds[1:])
+
+
+def computed_dtype(trainer: DPOTrainer) -> torch.dtype:
+    """What the products of a step are computed in: autocast's type, else that of the weights."""
+    if trainer.args.bf16 or trainer.args.fp16:
+        return torch.bfloat16 if trainer.args.bf16 else torch.float16
+    return trainer.model.get_input_embeddings().weight.dtype
 
 
 def _wait(device: torch.device) -> None:
@@ -191,7 +198,7 @@ def measure(
     trainer = trial_trainer(load_config(config, overrides | values), sizes, count * steps)
     device = trainer.accelerator.device
     recorder = StepRecorder(trainer)
-    limit = matmul_limit(device, torch.bfloat16)
+    limit = matmul_limit(device, computed_dtype(trainer))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # loading's peak is no step's
     with profiler or nullcontext():

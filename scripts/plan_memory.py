@@ -321,9 +321,11 @@ def layer_bytes(cfg: Config, sizes: ModelSizes, lengths: Lengths, cuda: bool) ->
 
 
 def cpu_head_bytes(sizes: ModelSizes, answers: int, word: int) -> float:
-    """Logits that exist at once on a CPU (`CHUNK`, and what the product keeps), and for each answer
-    token three hidden states, all of `word` bytes."""
-    return word * CHUNK + 3 * 4 * CACHED + 3 * word * sizes.width * answers
+    """Logits that exist at once on a CPU (at most `CHUNK`, and `CACHED` in float32), and for each
+    answer token three hidden states, of `word` bytes."""
+    logits = sizes.vocabulary * answers
+    at_once = word * min(CHUNK, logits) + 3 * 4 * min(CACHED, logits)
+    return at_once + 3 * word * sizes.width * answers
 
 
 def gpu_head_bytes(sizes: ModelSizes, tokens: int, answers: int) -> float:
@@ -365,8 +367,8 @@ def step_bytes(cfg: Config, sizes: ModelSizes, lengths: Lengths, cuda: bool) -> 
     """What a micro-batch takes besides what is stored: kept activations, and what is in the air.
 
     Autocast keeps a 16-bit copy of the whole adapter. With checkpointing each layer keeps its input
-    (d numbers a token), and the peak is either in the backward pass, where one layer's activations are
-    there again, or at the end of the forward pass, which has copied every A.
+    (d numbers a token), and the peak is either in the backward pass, where one layer's activations
+    are there again, or at the end of the forward pass, which has copied every A.
     """
     tokens, answers = row_tokens(cfg, lengths, cfg.dpo.per_device_train_batch_size)
     layer = layer_bytes(cfg, sizes, lengths, cuda)

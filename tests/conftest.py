@@ -29,15 +29,11 @@ from scripts.model import load_tokenizer
 from scripts.training import assemble
 from tests.loopback import Quiet, serving
 
-VOCABULARY = 128_256
-SPECIAL = {
-    128_000: "<|begin_of_text|>",
-    128_001: "<|end_of_text|>",
-    128_006: "<|start_header_id|>",
-    128_007: "<|end_header_id|>",
-    128_009: "<|eot_id|>",
-}
-BOT, EOT = 128_000, 128_009
+# Llama 3 has 128,000 tokens, and 256 special ones after them; the tests' tokenizer has fewer.
+WORDS, LLAMA3_WORDS = 1000, 128_000
+SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_{i}|>" for i in range(2, 256))]
+SPECIALS[6], SPECIALS[7], SPECIALS[9] = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+VOCABULARY, BOT, EOT = WORDS + len(SPECIALS), WORDS, WORDS + 9
 LLAMA3_TEMPLATE = (
     "{% for message in messages %}"
     "{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -68,19 +64,18 @@ PAIRS = [
 ]
 
 
-def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with Llama 3's size, special tokens and chat format."""
+def llama3_tokenizer(words: int = WORDS) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with Llama 3's special tokens and chat format."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(alphabet)}
-    vocabulary |= {f"<filler_{i}>": i for i in range(len(alphabet), 128_000)}
+    vocabulary |= {f"<filler_{i}>": i for i in range(len(alphabet), words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    names = [SPECIAL.get(i, f"<|reserved_{i}|>") for i in range(128_000, VOCABULARY)]
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIALS])
     # Like Llama 3's own, it puts a begin-of-text before whatever it is given.
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", BOT)]
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", words)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -95,26 +90,36 @@ def pairs_of(cfg: Config) -> DatasetDict:
     return load_preferences(cfg, load_tokenizer(cfg.model.model_name_or_path))
 
 
-@pytest.fixture(scope="session")
-def tiny_llama3(tmp_path_factory) -> Path:
-    """A folder with a random two-layer Llama with Llama 3's vocabulary and its tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama3")
+def write_llama(folder: Path, words: int = WORDS) -> Path:
+    """Fill `folder` with a random two-layer Llama and its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=words + len(SPECIALS),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        bos_token_id=BOT,
-        eos_token_id=EOT,
+        bos_token_id=words,
+        eos_token_id=words + 9,
         pad_token_id=None,
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    llama3_tokenizer().save_pretrained(folder)
+    llama3_tokenizer(words).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama3(tmp_path_factory) -> Path:
+    """A folder with a random two-layer Llama that has Llama 3's special tokens and chat format."""
+    return write_llama(tmp_path_factory.mktemp("tiny-llama3"))
+
+
+@pytest.fixture(scope="session")
+def llama3_vocabulary(tmp_path_factory) -> Path:
+    """The same with all of Llama 3's 128,256 tokens."""
+    return write_llama(tmp_path_factory.mktemp("llama3-vocabulary"), LLAMA3_WORDS)
 
 
 @pytest.fixture(scope="session")

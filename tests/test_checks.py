@@ -92,7 +92,7 @@ BAD = [
     (pair(ask(13), YES, f" {YES}\n"), "equal", "but for white space around them"),
     (pair(ask(16), "Yes.<|eot_id|>"), "special", "chosen has '<|eot_id|>'"),
     (pair("<|begin_of_text|>Why?"), "special", "prompt has '<|begin_of_text|>'"),
-    (pair(ask(17), YES, "No <|reserved_128255|>"), "special", "rejected has '<|reserved_128255|>'"),
+    (pair(ask(17), YES, "No <|reserved_255|>"), "special", "rejected has '<|reserved_255|>'"),
     (pair("word " * 40), "no_room", f"max_length is {MAX_LENGTH}"),
     (pair("s" * 40, "a" * 99 + "b", "a" * 99 + "c"), "cut_equal", "the same in the"),
     (pair("Said before?"), "duplicate", "the same pair as bad.jsonl:"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import pairs_of
+from conftest import VOCABULARY, llama3_tokenizer, pairs_of
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from trl import get_peft_config
 from scripts import plan_memory
 from scripts.base import ROOT, RecipeError
 from scripts.benchmark import random_pairs
-from scripts.config import load_config
+from scripts.config import cpu_computes_bfloat16, load_config
 from scripts.model import load_model, load_tokenizer, resolve_model
 from scripts.plan import (
     checkpoint_bytes,
@@ -105,7 +105,7 @@ def test_nf4_constants_are_part_of_the_weights(llama):
         assert (weights - 2 * llama.other) * 8 / llama.linear == pytest.approx(bits)
 
 
-def test_what_is_stored_is_what_a_loaded_model_stores(tiny_cfg, tiny_llama3):
+def test_what_is_stored_is_what_a_loaded_model_stores(tiny_cfg, tiny_llama3, any_cpu_in_bfloat16):
     """The tiny Llama in NF4: weights, adapter and gradients as the real trainer holds them."""
     cfg = tiny_cfg(load_in_4bit=True, dtype="bfloat16", bf16=True)
     kept = stored(cfg, model_sizes(cfg))
@@ -177,23 +177,14 @@ def test_large_tensors_of_a_paged_optimiser_are_apart(llama, llama_416):
 LENGTHS = Lengths(100, 310, 270)
 
 
-def saved_bytes(tiny_run, tokenizer, tmp_path, layers: int, **settings) -> float:
+def saved_bytes(tiny_run, tmp_path, layers: int, **settings) -> float:
     """Bytes that a real loss of a `layers` deep Llama in NF4 keeps for its backward, weights and
     copies of them left out."""
-    config = LlamaConfig(
-        vocab_size=128_256, hidden_size=64, intermediate_size=192, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    folder = tmp_path / str(layers)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = tiny_model(tmp_path / str(layers), 64, 192, layers, heads=4, key_heads=2)
     trainer, _ = tiny_run(**{
         "model_name_or_path": str(folder), "load_in_4bit": True, "dtype": "bfloat16", "bf16": True,
         "max_length": 1024, **settings,
     })  # fmt: skip
-    # A head of few words is as good, and takes seconds where 128,256 take minutes.
-    head = torch.nn.Linear(64, 1000, bias=False, dtype=torch.bfloat16)
-    trainer.model.get_base_model().lm_head = head.requires_grad_(False)
     batch = trainer._prepare_inputs(trainer.data_collator(random_pairs(1000, LENGTHS, 2).to_list()))
     shapes = {tuple(p.shape) for p in trainer.model.parameters()}
     shapes |= {shape[::-1] for shape in shapes}
@@ -213,22 +204,32 @@ def saved_bytes(tiny_run, tokenizer, tmp_path, layers: int, **settings) -> float
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def tiny_model(
+    folder: Path, width: int, mlp: int, layers: int, heads: int, key_heads: int
+) -> Path:  # fmt: skip
+    """Write a Llama of this shape with random weights, and the tests' tokenizer."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=key_heads,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    llama3_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bf16": False}, {"lora_target_modules": ["q_proj", "v_proj"]},
+    [{}, {"bf16": False}, {"bf16": False, "dtype": "float32"},
+     {"lora_target_modules": ["q_proj", "v_proj"]},
      {"lora_target_modules": ["down_proj", "up_proj"], "bf16": False}],
     ids=str,
 )  # fmt: skip
-def test_a_layer_keeps_what_the_plan_says(tiny_run, tiny_llama3, tmp_path, monkeypatch, settings):
+def test_a_layer_keeps_what_the_plan_says(tiny_run, tmp_path, any_cpu_in_bfloat16, settings):
     """Two more layers of a real model, counted with hooks on what autograd saves."""
-    tokenizer = load_tokenizer(str(tiny_llama3))
-    monkeypatch.setattr("scripts.training.load_tokenizer", lambda *_: tokenizer)
-    deep, flat = (
-        saved_bytes(tiny_run, tokenizer, tmp_path, layers, **settings) for layers in (3, 1)
-    )
+    deep, flat = (saved_bytes(tiny_run, tmp_path, layers, **settings) for layers in (3, 1))
     sizes = ModelSizes(
         linear=0, other=0, trained=0, trained_large=0, rank=16, width=64, attention_width=64,
-        key_width=32, mlp_width=192, layers=2, heads=4, vocabulary=1000,
+        key_width=32, mlp_width=192, layers=2, heads=4, vocabulary=VOCABULARY,
     )  # fmt: skip
     if targets := settings.get("lora_target_modules"):
         sizes = replace(sizes, adapted={name: float(name in targets) for name in PROJECTIONS})
@@ -245,50 +246,40 @@ def test_the_plan_is_within_5_percent_of_the_simulated_peaks(config, settings, r
     assert peak(by_phase["step"]) == pytest.approx(step, rel=0.05)
 
 
-def test_a_planned_step_is_near_a_measured_one(tmp_path):
-    """A small model's real step, in a process of its own; the run folder is a temporary one."""
-    tokenizer = load_tokenizer(resolve_model(load_config(DEFAULT).model.model_name_or_path)[0])
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
-        num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    found = measured_beside_plan(str(tmp_path / "model"), 8, 400, tmp_path)
-    # Of a process of a GB; larger ones come within a tenth.
-    assert found["planned"] == pytest.approx(found["measured"], rel=0.25)
+DEEP, WIDE = (128, 512, 24, 8, 8), (512, 1408, 8, 8, 2)
+FLOAT32 = {"dtype": "float32", "bf16": False}
 
 
-def measured_beside_plan(model: str, rank: int, length: int, folder: Path) -> dict:
-    values = {"model_name_or_path": model, "lora_r": rank, "max_length": length}
-    values |= {"per_device_train_batch_size": 2, "output_dir": str(folder / "run")}
-    found = in_a_process("plan_against_measured", DEFAULT, STEP | values)
-    off = found["planned"] / found["measured"] - 1
-    print(f"\nplanned {found['planned']:.2f}, measured {found['measured']:.2f} GB ({off:+.1%})")
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wide", [False, True], ids=["SmolLM2-135M", "12 x 1024"])
-@pytest.mark.parametrize("rank", [8, 64])
-@pytest.mark.parametrize("length", [256, 640])
-def test_the_plan_is_within_a_tenth_of_measured_steps(tmp_path, wide, rank, length):
-    """Eight configurations: two models, two ranks, two lengths, two pairs at a time.
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        (DEEP, {"max_length": 640, "per_device_train_batch_size": 2, "lora_r": 8, **FLOAT32}),
+        (WIDE, {"max_length": 256, "per_device_train_batch_size": 4, "lora_r": 64, **FLOAT32}),
+        pytest.param(
+            WIDE, {"max_length": 640, "per_device_train_batch_size": 2},
+            marks=pytest.mark.skipif(not cpu_computes_bfloat16(), reason="a CPU without bfloat16"),
+        ),
+        pytest.param(
+            None, {"max_length": 256, "per_device_train_batch_size": 2, "lora_r": 8, **FLOAT32},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["deep", "wide", "wide in bfloat16", "SmolLM2-135M"],
+)  # fmt: skip
+def test_the_plan_is_within_a_tenth_of_measured_steps(tmp_path, shape, settings):
+    """Real steps in a process of their own, by the peak of its memory.
 
     bash scripts/test.sh -k within_a_tenth -n 0 -s
     """
-    model, _ = resolve_model(load_config(DEFAULT).model.model_name_or_path)
-    if wide:  # a wider, shallower Llama with random weights: memory does not ask what they are
-        tokenizer = load_tokenizer(model)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816,
-            num_hidden_layers=12, num_attention_heads=16, num_key_value_heads=4,
-            tie_word_embeddings=True,
-        )  # fmt: skip
-        model = str(tmp_path / "wide")
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
-        tokenizer.save_pretrained(model)
-    found = measured_beside_plan(model, rank, length, tmp_path)
+    if shape:
+        model = tiny_model(tmp_path / "model", *shape)
+    else:
+        model, _ = resolve_model(load_config(DEFAULT).model.model_name_or_path)
+    values = {"model_name_or_path": str(model), "output_dir": str(tmp_path / "run"), **settings}
+    values["gradient_accumulation_steps"] = 1
+    found = in_a_process("plan_against_measured", DEFAULT, STEP | values)
+    off = found["planned"] / found["measured"] - 1
+    print(f"\nplanned {found['planned']:.2f}, measured {found['measured']:.2f} GB ({off:+.1%})")
     assert found["planned"] == pytest.approx(found["measured"], rel=0.1)
 
 
@@ -509,7 +500,7 @@ def test_flops_are_counted_by_hand(tiny_cfg):
     config = architecture(tiny_cfg())
     body = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     visible = 2 * 3 / 2 + 1 + 1
-    by_hand = 6 * (body + 10) * 3 + 4 * 2 * 4 * 64 * visible + 6 * 64 * 128_256 * 2
+    by_hand = 6 * (body + 10) * 3 + 4 * 2 * 4 * 64 * visible + 6 * 64 * VOCABULARY * 2
     assert step_flops(config, np.array([[1, 1, 1]]), lora=10) == by_hand
 
 

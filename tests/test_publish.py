@@ -302,8 +302,10 @@ def test_a_llama3_under_another_name_is_known_by_its_vocabulary(tmp_path):
 
 
 def test_a_llama3_in_a_folder_goes_by_its_licence_too(tiny_cfg, tiny_llama3, tmp_path):
-    """The folder of the tiny model has Llama 3's vocabulary, and no name that tells."""
+    """The folder has a model of Llama 3's vocabulary, and no name that tells."""
     base = shutil.copytree(tiny_llama3, tmp_path / "my-base")
+    values = json.loads((base / "config.json").read_text()) | {"vocab_size": 128_256}
+    (base / "config.json").write_text(json.dumps(values))
     cfg = fill(tiny_cfg(model_name_or_path=str(base)))
     with pytest.raises(CardError, match="my-base has none of LICENSE"):
         make_parcel(cfg, "merged")

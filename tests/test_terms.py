@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import explicit, write_jsonl
+from conftest import VOCABULARY, explicit, write_jsonl
 
 from scripts.run_log import history
 
@@ -22,7 +22,7 @@ def test_the_terms_add_up_to_the_loss_and_dpo_starts_at_ln_2(tiny_run, accumulat
     assert steps["loss"].to_numpy() == pytest.approx(whole.to_numpy(), abs=1e-4)
     assert steps["loss/dpo"].iloc[0] == pytest.approx(math.log(2), abs=1e-5)
     assert steps["loss/dpo"].iloc[-1] < 0.6
-    assert steps["loss/sft"].iloc[0] == pytest.approx(math.log(128_256), abs=0.5)
+    assert steps["loss/sft"].iloc[0] == pytest.approx(math.log(VOCABULARY), abs=0.5)
 
 
 def test_a_loss_of_one_term_has_no_second_name(tiny_run):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import BOT, EOT, PAIRS, token_rows
+from conftest import BOT, EOT, LLAMA3_WORDS, PAIRS, token_rows
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from trl import get_peft_config
@@ -145,18 +145,19 @@ def test_training_learns_the_pairs_and_logs_every_step(tiny_trainer, capsys):
     assert "step    8/8" in capsys.readouterr().out
 
 
-def test_llama3_shape_in_nf4_takes_one_step(tiny_cfg):
+def test_llama3_shape_in_nf4_takes_one_step(tiny_cfg, llama3_vocabulary):
     """The 8B path without its weights: system prompt, NF4, bf16, checkpointing, 128256 tokens."""
     cfg = tiny_cfg(
-        load_in_4bit=True, dtype="bfloat16", bf16=True, activation_checkpointing=True, max_steps=1
-    )
+        load_in_4bit=True, dtype="bfloat16", bf16=True, activation_checkpointing=True, max_steps=1,
+        model_name_or_path=str(llama3_vocabulary),
+    )  # fmt: skip
     orca = [{"system": "Be brief.", "question": q, "chosen": c, "rejected": r} for q, c, r in PAIRS]
     rows = Dataset.from_list([to_pair(row, "orca") for row in orca])
     path = cfg.model.model_name_or_path
     model = load_model(cfg, path)
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     trainer = build_trainer(cfg, model, load_tokenizer(path), {"train": rows, "test": rows})
-    assert trainer.train_dataset[0]["prompt_ids"].count(BOT) == 1
+    assert trainer.train_dataset[0]["prompt_ids"].count(LLAMA3_WORDS) == 1
     before = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
     before = before.lora_B["default"].weight.detach().clone()
     trainer.train()

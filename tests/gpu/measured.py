@@ -39,16 +39,17 @@ def machine() -> dict:
 def random_model(config: str, folder: str, cuda: bool) -> dict:
     """Write a Llama with random weights and a tokenizer of Llama 3's format: on a GPU with the
     shapes of the config's model (16 GB for an 8B), else a tiny one."""
-    from tests.conftest import BOT, EOT, llama3_tokenizer
+    from tests.conftest import LLAMA3_WORDS as words
+    from tests.conftest import llama3_tokenizer
 
     if not (Path(folder) / "config.json").is_file():
         shape = architecture(load_config(config, may_lack_gpu=True)).to_dict()
         shape = {key: shape[key] for key in TINY} if cuda else TINY
         torch.manual_seed(0)
-        llama = LlamaConfig(**shape, vocab_size=128_256, bos_token_id=BOT, eos_token_id=EOT)
+        llama = LlamaConfig(**shape, vocab_size=128_256, bos_token_id=words, eos_token_id=words + 9)
         with torch.device("cuda" if cuda else "cpu"):
             model = AutoModelForCausalLM.from_config(llama, dtype=torch.bfloat16)
-        llama3_tokenizer().save_pretrained(folder)
+        llama3_tokenizer(words).save_pretrained(folder)
         model.save_pretrained(folder)
     return {"model": folder}
 

@@ -144,7 +144,7 @@ def simulate(config: str, overrides: dict) -> dict:
 
     with stand_ins(ledger):
         model = base_model(cfg, ledger).requires_grad_(not cfg.model.use_peft)
-        tokenizer = conftest.llama3_tokenizer()
+        tokenizer = conftest.llama3_tokenizer(conftest.LLAMA3_WORDS)
         tokenizer.pad_token = tokenizer.eos_token
         with ledger, ledger.belongs("adapter"):
             trainer = project.trainer(cfg, model, tokenizer, lengths, second)
