@@ -10,7 +10,8 @@ from scripts.cli import COMMANDS
 
 README = (ROOT / "README.md").read_text()
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "llama3_dpo.ipynb", as_version=4)
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "data/README.md", "CHANGELOG.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "data/README.md"]
+DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def notebook_output(marker: str) -> str:
