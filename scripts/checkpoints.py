@@ -129,8 +129,10 @@ def damage(folder: Path) -> str | None:
 
     A missing file counts: transformers would go on without the optimiser's, from zero.
     """
-    if not folder.is_dir() or not NAME.fullmatch(folder.name):
-        return "there is no folder named checkpoint-<step>"
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not NAME.fullmatch(folder.name):
+        return "it is not named checkpoint-<step>"
     if not (kept := marker(folder)):
         return f"it has no readable {MARKER}, which is written last"
     if not kept.get("resumable"):
@@ -282,7 +284,8 @@ def explain(error: BaseException, folder: Path) -> str | None:
             f"a file could not be written, the disk is full ({one_line(error, 200)}; {free:,.0f} "
             f"MB are free at {existing(folder)}); make room, or raise the limit"
         )
-    if isinstance(error, OSError):
+    # Not a pipe without a reader, nor a library's network error, which is an OSError of no number.
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         return f"a file could not be read or written ({one_line(error, 200)}); see that it is there"
     return None
 
@@ -316,6 +319,7 @@ class Checkpoints(TrainerCallback):
         self.asked: int | None = None  # the signal that asks for a stop
         self.limit: int | None = None  # save_total_limit
         self._identity: dict = {}
+        self._step = 0  # the number of the newest step that has begun
         self._start: dict[str, Any] | None = None  # the state at the start of an unfinished step
         self._epoch_rng: dict[str, Any] | None = None
         self._updating = False  # weights and optimiser may be of two different steps
@@ -344,6 +348,7 @@ class Checkpoints(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self.trainer is None:
             return
+        self._step = state.global_step + 1
         self._start = {"rng": self._epoch_rng or _random_state()} | self._summed()
         self._epoch_rng = None
         self._batches.clear()
@@ -380,6 +385,12 @@ class Checkpoints(TrainerCallback):
             self.asked = int(self.trainer.accelerator.gather(flag).max().item()) or None
             control.should_save |= self.asked is not None
             control.should_training_stop |= self.asked is not None
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        # TRL empties these only after all callbacks have logged; one that fails would leave the
+        # step's numbers to be added up with the next one's.
+        if self.trainer is not None and "loss" in (logs or {}):
+            self.trainer._metrics["train"].clear()
 
     def on_save(self, args, state, control, **kwargs) -> None:
         folder = self.run_dir / f"checkpoint-{state.global_step}"
@@ -434,7 +445,7 @@ class Checkpoints(TrainerCallback):
 
     def ended(self, what: str) -> TrainingError:
         """The error that ends a training for the reason `what`."""
-        number = self.trainer.state.global_step + (self._start is not None)
+        number = max(self.trainer.state.global_step, self._step)
         return TrainingError(f"training stopped at step {number}: {what}. {self.rescued()}")
 
     def rescued(self) -> str:
@@ -483,7 +494,7 @@ class Checkpoints(TrainerCallback):
             pairs = zip(texts[:half], texts[half:], strict=True)
             rows += [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
         path = self.run_dir / "failed_batch.json"
-        found = {"step": self.trainer.state.global_step + 1, "what": f"{what} is not finite"}
+        found = {"step": self._step, "what": f"{what} is not finite"}
         found["pairs"] = rows
         write_whole(path, json.dumps(found, indent=1, ensure_ascii=False))
         return self.ended(
@@ -558,9 +569,9 @@ def _to_resume_from(trainer: DPOTrainer, keeper: Checkpoints) -> str | None:
     if checkpoint is None:
         return None
     if wrong := damage(checkpoint):
-        raise RecipeError(f"{checkpoint} is not whole: {wrong}; take another, or none")
+        raise RecipeError(f"resume_from_checkpoint: {checkpoint} cannot be resumed from: {wrong}")
     refuse_another(checkpoint, keeper._identity)
-    keeper.kept, keeper._updating, keeper._start = checkpoint, False, None
+    keeper.kept, keeper._updating, keeper._start, keeper._step = checkpoint, False, None, 0
     return str(checkpoint)
 
 

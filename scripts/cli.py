@@ -85,7 +85,7 @@ def _terminated(signum, frame) -> None:
 
 
 def _interrupted(error: KeyboardInterrupt) -> None:
-    """End after Ctrl-C. A training that says what it kept has put its work away: it ends at once,
+    """End after Ctrl-C. A command that says what it kept has put its work away: it ends at once,
     without the seconds that torch takes to tidy up."""
     print(error if error.args else f"\nstopped by Ctrl-C; {AGAIN}", file=sys.stderr, flush=True)
     if error.args:
@@ -104,13 +104,17 @@ def _is_unread() -> bool:
 
 def _unread(error: BrokenPipeError) -> None:
     """End a command whose output nobody reads."""
-    kept = " ".join(getattr(error, "__notes__", []))  # of a training that it broke off
-    line = f"error: what reads this command's output has gone (broken pipe). {kept}"
+    line = f"error: what reads this command's output has gone (broken pipe){_notes(error)}"
     with suppress(OSError):
-        print(line.strip(), file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     for stream in (1, 2):  # what is buffered must not fail again at the interpreter's end
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     sys.exit(UNREAD)
+
+
+def _notes(error: Exception) -> str:
+    """What a training that `error` broke off says of its checkpoints, to end a line with."""
+    return "".join(f". {note}" for note in getattr(error, "__notes__", []))
 
 
 def _unforeseen(error: Exception) -> None:
@@ -132,7 +136,7 @@ def _unforeseen(error: Exception) -> None:
     except OSError:
         kept = f"the traceback could not be written to {file}"
     kind = type(error).__name__
-    sys.exit(f"error: {name} failed{where}: {kind}: {one_line(error)}; {kept}")
+    sys.exit(f"error: {name} failed{where}: {kind}: {one_line(error)}; {kept}{_notes(error)}")
 
 
 def refuse_gone(words: list[str]) -> None:

@@ -495,6 +495,8 @@ def _filled(cls: type, values: dict[str, Any]) -> Any:
 def _contradictions(cfg: Config) -> Iterator[str]:
     """Settings that are each good and together not, as people have set them."""
     script, model, dpo = cfg.script, cfg.model, cfg.dpo
+    if dpo.fp16 and cfg.given.get("use_cpu"):
+        yield "`fp16: true` needs a GPU; with `use_cpu: true` leave it out"
     if script.dataset_streaming:
         yield "`dataset_streaming: true` is not supported: all data is checked before training"
     if script.dataset_train_split == script.dataset_test_split:

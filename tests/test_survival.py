@@ -9,8 +9,8 @@ from tests.survival import __main__ as runner
 SAMPLE = (
     "SIGKILL after step 3",
     "SIGKILL after step 3, two passes, accumulated",
-    "SIGKILL before the folder is renamed",
-    "SIGKILL once the folder is renamed",
+    "SIGKILL as the optimiser is written",
+    "SIGKILL before old ones go",
     "optimizer.pt missing",
     "copied under other names",
     "stopped again once a new one is written",
@@ -28,12 +28,10 @@ SAMPLE = (
     "SIGTERM in a step",
     "SIGINT between two logs",
     "infinite learning rate",
-    "NaN in a gradient",
     "the first checkpoint",
     "the adapter",
     "torch has no more",
     "GPU has no more",
-    "the loader hangs",
     "the dataset is gone on going on",
 )
 

@@ -47,22 +47,21 @@ def unread() -> None:
 
 
 def faults() -> Iterator[tuple[str, Callable[[], None]]]:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        name = signal.Signals(signum).name
-        for where, step, event, settings in (
-            ("between two steps", 3, "on_step_end", {}),
-            ("in a step", 3, "on_step_begin", {}),
-            ("in a step of two parts", 2, "on_substep_end",
-             {"gradient_accumulation_steps": 2, "max_steps": 4}),
-            ("at the start of a pass", 4, "on_epoch_begin", {}),
-            ("in evaluation", 2, "on_prediction_step", {"eval_strategy": "steps", "eval_steps": 2}),
-            ("in a run that keeps no checkpoints", 3, "on_step_end", {"save_strategy": "no"}),
-            ("between two logs", 5, "on_step_end", {"logging_steps": 3}),
-            ("with the loader's workers", 3, "on_step_end", 
-             {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}),
-            ("in the last step", 6, "on_step_end", {}),
-        ):  # fmt: skip
-            yield f"{name} {where}", partial(stopped, signum, step, event, settings)
+    for where, step, event, settings in (
+        ("between two steps", 3, "on_step_end", {}),
+        ("in a step", 3, "on_step_begin", {}),
+        ("in a step of two parts", 2, "on_substep_end",
+         {"gradient_accumulation_steps": 2, "max_steps": 4}),
+        ("at the start of a pass", 4, "on_epoch_begin", {}),
+        ("in evaluation", 2, "on_prediction_step", {"eval_strategy": "steps", "eval_steps": 2}),
+        ("in a run that keeps no checkpoints", 3, "on_step_end", {"save_strategy": "no"}),
+        ("with the loader's workers", 3, "on_step_end",
+         {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}),
+        ("in the last step", 6, "on_step_end", {}),
+    ):  # fmt: skip
+        yield f"SIGTERM {where}", partial(stopped, signal.SIGTERM, step, event, settings)
+    logs = {"logging_steps": 3}
+    yield "SIGINT between two logs", partial(stopped, signal.SIGINT, 5, "on_step_end", logs)
     yield "SIGTERM before the first step", before_the_first_step
     yield "SIGHUP between two steps", partial(stopped, signal.SIGHUP, 3, "on_step_end", {})
     yield "the output's reader goes", unread
