@@ -60,7 +60,6 @@ class RecipeArguments:
     dataset_format: Literal[
         "auto", "explicit", "implicit", "orca", "sharegpt", "alpaca", "hh", "messages",
         "responses", "llamafactory", "swift", "openai", "stackexchange", "compared", "scored",
-        "unpaired",
     ] = "auto"  # fmt: skip
     dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
     # Of answers with scores: the best against the worst, if they are further apart than this.

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from scripts.config import Config, config_from_args
 from scripts.model import find_model, load_tokenizer, resolve_model
-from scripts.pairs.checks import KINDS, PLACE, SIDES, Finding, Report
-from scripts.pairs.load import count_prompts, fit_pairs, hold_out, read_pairs, token_counts
-from scripts.pairs.report import held_out_text, report_text
+from scripts.pairs.checks import KINDS, SIDES, Finding, Report
+from scripts.pairs.load import as_splits, fit_pairs, read_pairs, token_counts
+from scripts.pairs.report import held_out_text, length_table, report_text
 from scripts.pairs.sources import DataError, Source
 from scripts.pairs.tokens import templated
 from scripts.plan_memory import estimate_max_length, settle_max_length
@@ -50,8 +50,18 @@ def load_preferences(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset
     """
     pairs, report = check_preferences(cfg, tokenizer, settle=True)
     record_origin(cfg, "dataset", dataset_origin(cfg))
-    if report.bad():
-        _settle(cfg, report)
+    if bad := report.bad():
+        count = len({(f.split, f.where) for f in bad})
+        summary = f"{count} bad {'row' if count == 1 else 'rows'}{_worst(bad)}"
+        first = f"first: {bad[0].where}, {bad[0].detail}"
+        if cfg.recipe.on_bad_rows == "error":
+            raise DataError(
+                f"{summary}; {first}. `python -m scripts.data check` lists them all; correct them, "
+                "or set on_bad_rows: drop"
+            )
+        if cfg.is_main_process:
+            path = write_findings(cfg, "dropped_rows.jsonl", bad)
+            print(f"Left out {summary}. {first}. All of them: {path}")
     require_pairs(pairs, report)
     if cfg.is_main_process:
         print(held_out_text(report.prompts["test"]))
@@ -77,21 +87,7 @@ def check_preferences(
     Raises:
         DataError: the data is not there, is empty, or has no such split or columns.
     """
-    source = source_of(cfg)
-    pairs, report = read_pairs(source, tokenizer, cfg.model.model_revision)
-    if tokenizer:
-        if cfg.length_is_open and len(pairs["train"]):
-            (settle_max_length if settle else estimate_max_length)(cfg, report.lengths["train"])
-        fit_pairs(pairs, report, cfg.dpo.max_length, cfg.dpo.truncation_mode)
-    if "test" not in pairs:
-        hold_out(pairs, report, source)
-    report.prompts = count_prompts(pairs)
-    return pairs.remove_columns(PLACE), report
-
-
-def source_of(cfg: Config) -> Source:
-    """What the data tools need to know of `cfg`."""
-    return Source(
+    source = Source(
         name=cfg.script.dataset_name,
         config=cfg.script.dataset_config,
         revision=cfg.recipe.dataset_revision,
@@ -104,6 +100,14 @@ def source_of(cfg: Config) -> Source:
         held_out=cfg.recipe.test_split_size,
         seed=cfg.dpo.seed,
     )
+    splits, report = read_pairs(source, tokenizer, cfg.model.model_revision)
+    if tokenizer:
+        if cfg.length_is_open and splits["train"]:
+            (settle_max_length if settle else estimate_max_length)(
+                cfg, token_counts(splits["train"])
+            )
+        fit_pairs(splits, report, cfg.dpo.max_length, cfg.dpo.truncation_mode)
+    return as_splits(splits, report, source), report
 
 
 def require_pairs(pairs: DatasetDict, report: Report) -> None:
@@ -112,52 +116,26 @@ def require_pairs(pairs: DatasetDict, report: Report) -> None:
     Raises:
         DataError: a split has no usable pair.
     """
-    usable = sum(map(len, pairs.values()))
-    for split, rows in pairs.items():
-        if len(rows) > 0:
-            continue
-        if usable and report.held_out:
+    for split in (split for split, rows in pairs.items() if len(rows) == 0):
+        if report.held_out and any(map(len, pairs.values())):
             raise DataError(
-                f"only one prompt has usable pairs{_worst(report)}; it takes two at least, one to "
-                "train on and one to hold out"
+                f"only one prompt has usable pairs{_worst(report.bad())}; it takes two at least, "
+                "one to train on and one to hold out"
             )
         total = report.rows[split] or sum(report.rows.values())
         which = split if report.rows[split] else "the data"
+        bad = [f for f in report.bad() if f.split == split]
+        first = f"; first: {bad[0].where}, {bad[0].detail}" if bad else ""
         raise DataError(
-            f"none of the {total} rows of {which} is a usable pair{_worst(report, split)}"
-            f"{_first(report, split)}; python -m scripts.data check names each row and the way to "
-            "fix it"
+            f"none of the {total} rows of {which} is a usable pair{_worst(bad)}{first}; "
+            "python -m scripts.data check names each row and the way to fix it"
         )
 
 
-def _worst(report: Report, split: str | None = None) -> str:
-    """The most frequent faults of bad rows, of one split or of both."""
-    bad = [f for f in report.bad() if split in (None, f.split)]
+def _worst(bad: list[Finding]) -> str:
+    """The most frequent faults of bad rows."""
     counts = Counter(f.kind for f in bad).most_common(3)
     return "".join(f"; {count} × {KINDS[kind].what}" for kind, count in counts)
-
-
-def _first(report: Report, split: str) -> str:
-    """Where the first bad row of a split stands, and what is wrong with it."""
-    bad = [f for f in report.bad() if f.split == split]
-    return f"; first: {bad[0].where}, {bad[0].detail}" if bad else ""
-
-
-def _settle(cfg: Config, report: Report) -> None:
-    """Handle bad rows as `on_bad_rows` says: raise a `DataError`, or write them to the run folder
-    and print how many were left out."""
-    bad = report.bad()
-    rows = len({(f.split, f.where) for f in bad})
-    summary = f"{rows} bad {'row' if rows == 1 else 'rows'}{_worst(report)}"
-    first = f"first: {bad[0].where}, {bad[0].detail}"
-    if cfg.recipe.on_bad_rows == "error":
-        raise DataError(
-            f"{summary}; {first}. `python -m scripts.data check` lists them all; correct them, or "
-            "set on_bad_rows: drop"
-        )
-    if cfg.is_main_process:
-        path = write_findings(cfg, "dropped_rows.jsonl", bad)
-        print(f"Left out {summary}. {first}. All of them: {path}")
 
 
 def write_findings(cfg: Config, name: str, findings: Iterable[Finding]) -> str:
@@ -186,20 +164,19 @@ def length_lesson(lengths: pd.DataFrame) -> str:
     )
 
 
-def length_table(lengths: pd.DataFrame) -> pd.DataFrame:
-    """Median, 95th percentile and maximum of `token_lengths`."""
-    table = lengths.quantile([0.5, 0.95, 1.0]).T.round().astype(int)
-    return table.set_axis(["median", "p95", "max"], axis=1).rename_axis("tokens of")
+def show_text(pairs: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print the exact text of the first training pair."""
+    for part, text in templated(pairs["train"][0], tokenizer).items():
+        print(f"--- {part}\n{text}")
 
 
 def look(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Print the lengths of the pairs of either split, and the exact text of the first."""
     pairs = load_preferences(cfg, tokenizer)
     for split, rows in pairs.items():
-        print(f"\n{split}: {len(rows)} pairs")
-        print(length_table(token_lengths(rows)).to_string())
-    for part, text in templated(pairs["train"][0], tokenizer).items():
-        print(f"\n--- {part}\n{text}")
+        print(f"\n{split}: {len(rows)} pairs\n{length_table(token_lengths(rows))}")
+    print("\nOne pair as the model sees it:")
+    show_text(pairs, tokenizer)
 
 
 def check_data(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -212,15 +189,14 @@ def check_data(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     print(report_text(report))
     if len(pairs["train"]):
         print("\nOne pair as the model sees it:")
-        for part, text in templated(pairs["train"][0], tokenizer).items():
-            print(f"--- {part}\n{text}")
+        show_text(pairs, tokenizer)
     from scripts import plots  # matplotlib is needed for this figure only
 
-    folder = cfg.run_dir / "data_check"
     print(f"\nAll findings: {write_findings(cfg, 'data_check/findings.jsonl', report.findings)}")
     require_pairs(pairs, report)
-    plots.save(plots.data_check(report), folder / "check.png")
-    print(f"Figure: {folder / 'check.png'}")
+    figure = cfg.run_dir / "data_check" / "check.png"
+    plots.save(plots.data_check(report), figure)
+    print(f"Figure: {figure}")
     bad = len({(f.split, f.where) for f in report.bad()})
     if bad and cfg.recipe.on_bad_rows == "error":
         raise DataError(f"{bad} bad rows; correct them, or set on_bad_rows: drop")
@@ -229,20 +205,19 @@ def check_data(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    cfg = config_from_args(args)
     if args.action == "build":
-        from scripts.pairs.build import Build  # which needs a model, and so loads more
+        from scripts.pairs.build import build_pairs, prepare  # which load more: they need a model
         from scripts.pairs.sampling import sampler_class
 
-        cfg = config_from_args(args)
-        job = Build.of(args, cfg.dpo.device)  # mistakes show before a model is fetched
+        job = prepare(args, cfg.dpo.device)  # mistakes show before a model is fetched
         source = find_model(cfg)
         print(source.where)
         sampler = sampler_class(args.backend)(
             cfg.model.model_name_or_path, source.path, source.commit, cfg.model.dtype,
             cfg.dpo.device, args.max_new_tokens, args.temperature, args.top_p,
         )  # fmt: skip
-        return job.run(sampler)
-    cfg = config_from_args(args)
+        return build_pairs(args, *job, sampler)
     path, _ = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
     (check_data if args.action == "check" else look)(cfg, tokenizer)

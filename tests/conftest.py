@@ -147,6 +147,14 @@ def explicit(prompt: str, chosen: str, rejected: str) -> dict:
     }
 
 
+def pairs_in(folder: Path, train: list[dict], held_out: list[dict] | None = None) -> str:
+    """A folder with pairs to train on and, unless told others, one pair held out."""
+    write_jsonl(folder / "p" / "train.jsonl", train)
+    held_out = held_out or [explicit("Held out?", "Yes.", "No.")]
+    write_jsonl(folder / "p" / "test.jsonl", held_out)
+    return str(folder / "p")
+
+
 def token_rows(trainer) -> list[dict]:
     """The held-out pairs as the trainer tokenised them."""
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]

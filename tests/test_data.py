@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import BOT, EOT, explicit, pairs_of, write_jsonl
+from conftest import BOT, EOT, explicit, pairs_in, pairs_of, write_jsonl
 
 from scripts.base import ROOT, InputError
 from scripts.config import ConfigError
@@ -13,12 +13,6 @@ from scripts.pairs.provenance import read_jsonl
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated
 
-ORCA = {
-    "system": "You are brief.",
-    "question": "Is water wet?",
-    "chosen": "Yes.",
-    "rejected": "A matter of debate.",
-}
 WORDS_OF_NO_WEIGHT = set(
     re.findall(
         r"\w+",
@@ -35,11 +29,6 @@ def shipped() -> dict[str, list[dict]]:
         split: read_jsonl(ROOT / "data" / "concise" / f"{split}.jsonl")
         for split in ("train", "test")
     }
-
-
-def test_enough_pairs_ship(shipped):
-    assert len(shipped["train"]) >= 300
-    assert len(shipped["test"]) >= 60
 
 
 def test_shipped_pairs_keep_the_rule_of_the_card(shipped):
@@ -73,50 +62,15 @@ def test_the_shipped_pairs_load(tiny_cfg, shipped):
     assert pairs["test"][0]["facts"] == shipped["test"][0]["facts"]
 
 
-def test_orca_is_told_by_its_columns_and_split_when_it_has_no_test_split(tiny_cfg, tmp_path):
-    rows = [ORCA | {"question": f"Question {i}?"} for i in range(20)]
-    write_jsonl(tmp_path / "orca" / "train.jsonl", rows)
-    cfg = tiny_cfg(dataset_name=str(tmp_path / "orca"), test_split_size=0.25)
-    pairs = pairs_of(cfg)
-    assert {k: len(v) for k, v in pairs.items()} == {"train": 15, "test": 5}
-    questions = {k: {r["prompt"][-1]["content"] for r in v} for k, v in pairs.items()}
-    assert not questions["train"] & questions["test"]
-
-
 def test_limits_draw_the_same_rows_again(tiny_cfg):
     cfg = tiny_cfg(train_samples=2, eval_samples=1)
-    first, second = (
-        pairs_of(cfg),
-        pairs_of(cfg),
-    )
+    first, second = pairs_of(cfg), pairs_of(cfg)
     assert (len(first["train"]), len(first["test"])) == (2, 1)
     assert first["train"]["prompt"][:] == second["train"]["prompt"][:]
 
 
-def test_rows_that_teach_nothing_are_left_out_and_told(tiny_cfg, tmp_path, capsys):
-    rows = [
-        explicit("A?", "Same.", " Same. "),
-        explicit("B?", "", "Long."),
-        explicit("C?", "Yes.", "No."),
-    ]
-    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("D?", "Yes.", "No.")])
-    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"))
-    pairs = pairs_of(cfg)
-    assert [row["prompt"][0]["content"] for row in pairs["train"]] == ["C?"]
-    assert "Left out 2 bad rows" in capsys.readouterr().out
-    dropped = read_jsonl(cfg.run_dir / "dropped_rows.jsonl")
-    assert [(row["where"], row["kind"]) for row in dropped] == [
-        ("train.jsonl:1", "equal"),
-        ("train.jsonl:2", "empty"),
-    ]
-    assert all(row["fix"] for row in dropped)
-
-
 def test_bad_rows_can_be_an_error(tiny_cfg, tmp_path):
-    write_jsonl(tmp_path / "p" / "train.jsonl", [explicit("A?", "Same.", "Same.")])
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("C?", "Yes.", "No.")])
-    folder = str(tmp_path / "p")
+    folder = pairs_in(tmp_path, [explicit("A?", "Same.", "Same.")], [explicit("C?", "Yes.", "No.")])
     with pytest.raises(DataError, match=r"1 bad row.*train.jsonl:1, the two answers are the same"):
         pairs_of(tiny_cfg(dataset_name=folder, on_bad_rows="error"))
     with pytest.raises(DataError, match="none of the 1 rows of train is a usable pair"):
@@ -127,8 +81,8 @@ def test_bad_rows_can_be_an_error(tiny_cfg, tmp_path):
 
 def test_pairs_of_one_prompt_are_held_out_together(tiny_cfg, tmp_path):
     rows = [explicit(f"Q{i // 3}?", f"Yes {i}.", "No.") for i in range(30)]
-    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
-    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"), test_split_size=0.3)
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    cfg = tiny_cfg(dataset_name=str(path), test_split_size=0.3)
     pairs = pairs_of(cfg)
     prompts = {k: {r["prompt"][0]["content"] for r in v} for k, v in pairs.items()}
     assert (len(pairs["train"]), len(pairs["test"])) == (21, 9)
@@ -136,9 +90,9 @@ def test_pairs_of_one_prompt_are_held_out_together(tiny_cfg, tmp_path):
 
 
 def test_unknown_columns_are_named(tiny_cfg, tmp_path):
-    write_jsonl(tmp_path / "p" / "train.jsonl", [{"query": "A?", "good": "b", "bad": "c"}] * 4)
+    path = write_jsonl(tmp_path / "p.jsonl", [{"query": "A?", "good": "b", "bad": "c"}] * 4)
     with pytest.raises(DataError, match=r"columns bad, good, query fit no known format"):
-        pairs_of(tiny_cfg(dataset_name=str(tmp_path / "p"), test_split_size=0.5))
+        pairs_of(tiny_cfg(dataset_name=str(path), test_split_size=0.5))
 
 
 def test_a_dataset_that_is_not_there_is_one_clear_error(tiny_cfg, monkeypatch):

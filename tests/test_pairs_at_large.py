@@ -1,14 +1,11 @@
 """What the check passes is what trains: lengths, tools, held-out pairs, data with nothing in it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import explicit, pairs_of, write_jsonl
+from conftest import explicit, pairs_in, pairs_of, write_jsonl
 from test_tokens import tokenizer_of, trl_rows
 
 from scripts import plan_memory
@@ -124,10 +121,8 @@ def tool_rows() -> list[dict]:
 def test_tool_calls_are_kept_shown_and_trained_on(tiny_cfg, tmp_path):
     tokenizer = tokenizer_of("chatml")
     tokenizer.chat_template = SHOWS_TOOLS
-    write_jsonl(tmp_path / "p" / "train.jsonl", tool_rows())
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    pairs, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p"), max_length=None),
-                                      tokenizer)  # fmt: skip
+    cfg = tiny_cfg(dataset_name=pairs_in(tmp_path, tool_rows()), max_length=None)
+    pairs, report = check_preferences(cfg, tokenizer)
     assert report.findings == []
     shown = [templated(pair, tokenizer) for pair in pairs["train"]]
     assert shown[0]["chosen"].startswith("<call>get_weather city=Oslo</call>")
@@ -140,9 +135,7 @@ def test_tool_calls_are_kept_shown_and_trained_on(tiny_cfg, tmp_path):
 
 
 def test_tool_calls_that_the_template_leaves_out_are_bad_rows(tiny_cfg, tmp_path):
-    write_jsonl(tmp_path / "p" / "train.jsonl", tool_rows())
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"), max_length=None)
+    cfg = tiny_cfg(dataset_name=pairs_in(tmp_path, tool_rows()), max_length=None)
     pairs, report = check_preferences(cfg, tokenizer_of("chatml"))
     assert [(f.where, f.kind) for f in report.bad()] == [
         ("train.jsonl:1", "template"), ("train.jsonl:2", "template")
@@ -150,22 +143,6 @@ def test_tool_calls_that_the_template_leaves_out_are_bad_rows(tiny_cfg, tmp_path
     assert "chosen's tool call 'get_weather'" in report.bad()[0].detail
     assert {f.kind for f in report.findings} == {"template", "tools_unseen"}
     assert len(pairs["train"]) == 1
-
-
-def test_sharegpt_function_calls_are_tool_calls(tiny_cfg, tmp_path):
-    talk = [
-        {"from": "human", "value": "Weather in Oslo?"},
-        {"from": "function_call", "value": '{"name": "get_weather", "arguments": {"city": "O"}}'},
-        {"from": "observation", "value": "4 degrees"},
-    ]
-    answers = {side: {"from": "gpt", "value": f"{side}."} for side in ("chosen", "rejected")}
-    write_jsonl(tmp_path / "p" / "train.jsonl", [{"conversations": talk} | answers])
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    pairs, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")))
-    assert report.findings == []
-    call, reply = pairs["train"][0]["prompt"][1:]
-    assert call["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": {"city": "O"}}
-    assert reply == {"role": "tool", "content": "4 degrees"}
 
 
 def test_as_many_are_held_out_as_tell_a_share_and_a_fifth_at_most():
@@ -176,20 +153,15 @@ def test_as_many_are_held_out_as_tell_a_share_and_a_fifth_at_most():
     assert "±0.50 (95%)" in held_out_text(1)  # a share has no more room
 
 
-def test_some_prompts_are_trained_on_however_large_the_share_held_out(tiny_cfg, tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [explicit(f"Q{i}?", "Yes.", "No.") for i in range(4)])
-    pairs, _ = check_preferences(tiny_cfg(dataset_name=str(path), test_split_size=0.99))
-    assert [len(pairs[split]) for split in ("train", "test")] == [1, 3]
-
-
-def test_the_report_says_the_format_and_what_the_held_out_pairs_show(
-    tiny_cfg, tiny_llama3, tmp_path
-):
+@pytest.mark.parametrize(("share", "held"), [("auto", 60), (0.1, 30), (0.999, 299)])
+def test_prompts_are_held_out_and_one_is_left_to_train_on(share, held, tiny_cfg, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", many(300))
-    cfg = tiny_cfg(dataset_name=str(path))
-    text = report_text(check_preferences(cfg, load_tokenizer(str(tiny_llama3)))[1])
-    assert "train: 240 rows, 240 usable pairs (format: explicit)" in text
-    assert "60 held-out prompts tell an accuracy near one half within ±0.13" in text
+    cfg = tiny_cfg(dataset_name=str(path), test_split_size=share)
+    pairs, report = check_preferences(cfg, load_tokenizer(cfg.model.model_name_or_path))
+    assert (len(pairs["train"]), len(pairs["test"])) == (300 - held, held)
+    text = report_text(report)
+    assert f"train: {300 - held} rows, {300 - held} usable pairs (format: explicit)" in text
+    assert f"{held} held-out prompts tell an accuracy near one half within" in text
 
 
 def test_no_bad_row_is_held_out(tiny_cfg, tiny_llama3, tmp_path):
@@ -205,12 +177,11 @@ def test_no_bad_row_is_held_out(tiny_cfg, tiny_llama3, tmp_path):
 
 def test_the_error_about_a_split_counts_that_split_alone(tiny_cfg, tmp_path):
     bad = [explicit(f"{i}?", "Same.", "Same.") for i in range(3)]
-    write_jsonl(tmp_path / "p" / "train.jsonl", [*many(2), *bad])
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("A?", "", "No.")])
+    folder = pairs_in(tmp_path, [*many(2), *bad], [explicit("A?", "", "No.")])
     with pytest.raises(
         DataError, match=r"of test is a usable pair; 1 × an em.*first: test.jsonl:1"
     ):
-        pairs_of(tiny_cfg(dataset_name=str(tmp_path / "p")))
+        pairs_of(tiny_cfg(dataset_name=folder))
 
 
 WRONG = {
@@ -249,21 +220,6 @@ def test_the_preflight_counts_the_pairs_that_the_trainer_takes(tiny_cfg, tmp_pat
         assert line.status == status and "1 bad row" in line.finding
 
 
-def test_the_check_shows_a_pair_and_fails_when_nothing_is_left(tiny_llama3, tmp_path):
-    def check(path: Path):
-        command = [sys.executable, "-m", "scripts.data", "check", "--output-dir", str(tmp_path)]
-        command += ["--set", f"dataset_name={path}", "--set", f"model_name_or_path={tiny_llama3}"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    done = check(write_jsonl(tmp_path / "p.jsonl", many(20)))
-    assert done.returncode == 0, done.stderr
-    assert "--- chosen\nYes.<|eot_id|>" in done.stdout
-    assert "max_length: 64, chosen from the data" in done.stdout
-    done = check(write_jsonl(tmp_path / "bad.jsonl", [explicit("A?", "b.", "b.")] * 3))
-    assert done.returncode == 1
-    assert "error: none of the 3 rows" in done.stderr
-
-
 RIVERS = "Which of the many rivers of Europe is the very longest one, tell"
 REMARKS = {
     "entities": explicit("One?", "Tom &amp; Jerry.", "No."),
@@ -276,9 +232,8 @@ REMARKS = {
 
 def test_each_remark_on_wording_is_made_of_its_row_and_no_other(tiny_cfg, tmp_path):
     held = explicit(RIVERS, "A.", "C.")
-    write_jsonl(tmp_path / "p" / "train.jsonl", [*REMARKS.values(), *many(3)])
-    write_jsonl(tmp_path / "p" / "test.jsonl", [held])
-    pairs, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")))
+    folder = pairs_in(tmp_path, [*REMARKS.values(), *many(3)], [held])
+    pairs, report = check_preferences(tiny_cfg(dataset_name=folder))
     assert {f.where: f.kind for f in report.findings} == {
         f"train.jsonl:{n}": kind for n, kind in enumerate(REMARKS, start=1)
     }

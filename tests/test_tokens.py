@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import explicit, write_jsonl
+from conftest import explicit, pairs_in
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -170,9 +170,7 @@ def test_a_rows_tools_and_template_options_reach_check_and_trainer_alike(tiny_cf
         {},
     ]
     rows = [explicit(f"Q{i}?", "Yes.", "No.") | more for i, more in enumerate(options)]
-    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"), max_length=None)
+    cfg = tiny_cfg(dataset_name=pairs_in(tmp_path, rows), max_length=None)
     pairs, report = check_preferences(cfg, tokenizer)
     assert report.findings == []
     for split, data in pairs.items():
@@ -199,9 +197,7 @@ def test_tools_and_images_that_the_trainer_would_stumble_over_are_bad_rows(tiny_
         {"kept": 1},
     ]
     rows = [explicit(f"Q{i}?", "Yes.", "No.") | more for i, more in enumerate(extras)]
-    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"))
+    cfg = tiny_cfg(dataset_name=pairs_in(tmp_path, rows))
     tokenizer = tokenizer_of("chatml")
     pairs, report = check_preferences(cfg, tokenizer)
     assert [f.kind for f in report.bad()] == ["type"] * 8
@@ -214,9 +210,7 @@ def test_tools_and_images_that_the_trainer_would_stumble_over_are_bad_rows(tiny_
 def test_check_and_trainer_drop_the_same_rows_at_max_length(family, tiny_cfg, tmp_path):
     tokenizer = tokenizer_of(family)
     rows = [explicit("s" * n, "ab", "c" * 30) for n in range(1, 60, 2)]
-    write_jsonl(tmp_path / "p" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    kept = {"dataset_name": str(tmp_path / "p"), "max_length": 40}
+    kept = {"dataset_name": pairs_in(tmp_path, rows), "max_length": 40}
     pairs, report = check_preferences(tiny_cfg(**kept), tokenizer)
     assert {f.kind for f in report.bad()} == {"no_room"}
     raw = trl_rows(Dataset.from_list(rows), tokenizer, tmp_path, max_length=40)
@@ -229,9 +223,7 @@ def test_the_end_of_a_turn_is_what_the_template_writes_after_an_answer(family, t
     tokenizer = tokenizer_of(family)
     eos, _, end, _ = FAMILIES[family]
     assert end_tokens(tokenizer) == set(tokenizer.convert_tokens_to_ids([eos, end]))
-    write_jsonl(tmp_path / "p" / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    _, report = check_preferences(tiny_cfg(dataset_name=str(tmp_path / "p")), tokenizer)
+    _, report = check_preferences(tiny_cfg(dataset_name=pairs_in(tmp_path, ROWS)), tokenizer)
     assert report.findings == []
 
 
@@ -243,9 +235,7 @@ def test_ends_come_from_the_generation_config_too_and_a_template_without_one_is_
     for stops, ends in ((None, {eos}), (65, {eos, 65}), ([65, 66], {eos, 65, 66})):
         assert end_tokens(tokenizer, GenerationConfig(eos_token_id=stops)) == ends
     tokenizer.chat_template = CHATML.replace("<|im_end|>", "\n###")
-    write_jsonl(tmp_path / "p" / "train.jsonl", ROWS)
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    cfg = tiny_cfg(dataset_name=str(tmp_path / "p"))
+    cfg = tiny_cfg(dataset_name=pairs_in(tmp_path, ROWS))
     _, report = check_preferences(cfg, tokenizer)
     assert [f.kind for f in report.bad()] == ["unended"] * 8
     # The folder of the model says that generation stops at "#": so do its turns.
@@ -273,9 +263,7 @@ def test_generation_stops_at_the_end_of_turn_of_the_template(family):
 def test_a_conversation_that_the_template_refuses_is_a_bad_row(tiny_cfg, tmp_path):
     rows = [ROWS[0], ROWS[1] | {"prompt": [{"role": "system", "content": "Be brief."}]
             + ROWS[1]["prompt"]}, ROWS[2]]  # fmt: skip
-    path = write_jsonl(tmp_path / "p" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "p" / "test.jsonl", [explicit("Held out?", "Yes.", "No.")])
-    cfg = tiny_cfg(dataset_name=str(path.parent))
+    cfg = tiny_cfg(dataset_name=pairs_in(tmp_path, rows))
     pairs, report = check_preferences(cfg, tokenizer_of("gemma"))
     assert [tuple(f) for f in report.bad()] == [
         ("train", "train.jsonl:2", "template", "the chat template says: no system role here")

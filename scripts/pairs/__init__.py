@@ -3,5 +3,5 @@
 Reading: `files` (rows of one file), `sources` (what a run names, by split), `formats` and
 `messages` (rows as pairs), `tokens` (pairs as the trainer tokenises them), `checks` and `report`
 (what is wrong with them), `load` (all of these). Building from a model's own answers: `build`,
-`judges`, `workers` (several asked at a time), and `provenance` (what came from what).
+`judges`, `checker`, `sampling`, and `provenance` (what came from what).
 """

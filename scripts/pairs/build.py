@@ -13,9 +13,8 @@ model, temperature ...) needs another folder.
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -73,16 +72,10 @@ def judge_answers(judge: Judge, prompts: list[dict], answers: list[dict], path: 
             file.flush()
             if done % 50 == 0 or done == len(rest):
                 print(f"judged {before + done}/{len(prompts)} prompts", flush=True)
-    if rest:
-        _in_order(path, keys)
+    if rest:  # in the order of the prompts, after those on other prompts or of other judges
+        place = {key: number for number, key in enumerate(keys)}
+        write_rows(path, sorted(read_jsonl(path), key=lambda row: place.get(row["key"], -1)))
     return [pair for key in keys for pair in verdicts[key]]
-
-
-def _in_order(path: Path, keys: list[str]) -> None:
-    """Put the verdicts in `path`, which came in as they were given, in the order of `keys`; those
-    on other prompts or of other judges stay before them."""
-    place = {key: number for number, key in enumerate(keys)}
-    write_rows(path, sorted(read_jsonl(path), key=lambda row: place.get(row["key"], -1)))
 
 
 def as_row(prompt: dict, preference: Preference) -> dict:
@@ -107,7 +100,7 @@ def read_prompts(path: Path) -> list[dict]:
     """
     if not path.is_file():
         raise RecipeError(f"no prompts at {path}: give --prompts a JSON-lines, JSON or CSV file")
-    prompts, seen = [], set()
+    prompts = {}
     for number, (where, row, problem) in enumerate(_questions_apart(read_file(path))):
         try:
             if row is None:
@@ -118,19 +111,18 @@ def read_prompts(path: Path) -> list[dict]:
             name = f"prompt-{number:05d}" if row.get("id") is None else row["id"]
             if not isinstance(name, str | int):
                 raise BadRow("type", f"the id is not text but {type(name).__name__}")
+            if name in prompts:
+                raise BadRow("duplicate", f"the id {name!r} is used twice")
             if not are_facts(row.get("facts") or []):
                 raise BadRow("type", 'facts is not a list of lists of text, as [["Rayleigh"]]')
-            if name in seen:
-                raise BadRow("duplicate", f"the id {name!r} stands there twice")
             if row.get("split", "train") not in SPLITS:
                 raise BadRow("type", f"split is {row['split']!r}, not train or test")
         except BadRow as error:
             raise RecipeError(f"{where}: {error}") from None
-        seen.add(name)
-        prompts.append(row | {"id": name, "messages": messages})
+        prompts[name] = row | {"id": name, "messages": messages}
     if not prompts:
         raise RecipeError(f'{path} has no prompts: write one a line, as {{"prompt": "Why?"}}')
-    return prompts
+    return list(prompts.values())
 
 
 def _questions_apart(rows: Iterable[Row]) -> Iterator[Row]:
@@ -147,94 +139,85 @@ def _questions_apart(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def make_judge(args: argparse.Namespace, device: torch.device) -> Judge:
-    """The judge that the options name; a reward model goes on `device`."""
+    """The judge that the options name; a reward model goes on `device`, an endpoint is reached.
+
+    Raises:
+        RecipeError: an option is missing or wrong, or the judge is not there.
+    """
     if args.judge == "rule":
         return Rule()
     if args.judge == "checker":
         return Checker()
     if not args.judge_model or (args.judge == "endpoint" and not args.judge_url):
         raise InputError(f"--judge {args.judge} needs --judge-model (and endpoint --judge-url)")
-    if args.judge == "endpoint" and not args.judge_url.startswith(("http://", "https://")):
-        raise InputError(f"--judge-url must begin with http:// or https://, got {args.judge_url!r}")
     if args.judge == "reward":
         return RewardModel(args.judge_model, device, args.least_gap)
+    if not args.judge_url.startswith(("http://", "https://")):
+        raise InputError(f"--judge-url must begin with http:// or https://, got {args.judge_url!r}")
     endpoint = Endpoint(args.judge_url, args.judge_model, pairs=args.pairs_per_prompt)
     endpoint.probe()
     return endpoint
 
 
-def facts_remark(prompts: list[dict]) -> str | None:
-    """What the rule cannot judge for want of facts, or None."""
+def prepare(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[list[dict], dict[str, int], Judge]:
+    """Prompts, styles and judge that the options of `data build` ask for. A judge that is not there
+    costs no sampling.
+
+    Raises:
+        RecipeError: an option, a prompt or the judge is wrong.
+    """
+    prompts, styles = read_prompts(args.prompts), parse_styles(args.samples)
+    prompts = [p for p in prompts if args.level in (None, p.get("level"))]
+    if not prompts:
+        raise InputError(f"--level {args.level}: no prompt of {args.prompts} has that level")
+    if args.judge == "checker" and not all("accept" in p for p in prompts):
+        raise InputError("--judge checker takes passages with questions (data/passages.jsonl)")
+    judge = make_judge(args, device)
     without = sum(not p.get("facts") for p in prompts)
-    if not without:
-        return None
-    which = "the prompts have" if without == len(prompts) else f"{without} of the prompts have"
-    return (
-        f"{which} no `facts`: there the rule judges form only (finished, brief, one paragraph, no "
-        "repeats), not whether an answer is right. Add facts, or take --judge reward or endpoint."
-    )
+    if args.judge == "rule" and without:
+        print(
+            f"{without} of {len(prompts)} prompts have no `facts`: there the rule judges form "
+            "only, not whether an answer is right. Add facts, or take --judge reward or endpoint."
+        )
+    return prompts, styles, judge
 
 
-@dataclass
-class Build:
-    """What the options of `python -m scripts.data build` ask for: read, and free of mistakes."""
+def build_pairs(
+    args: argparse.Namespace, prompts: list[dict], styles: dict[str, int], judge: Judge,
+    sampler: Sampler,
+) -> None:  # fmt: skip
+    """Sample, judge, and write `train.jsonl` and `test.jsonl` to `--out`.
 
-    args: argparse.Namespace
-    prompts: list[dict]
-    styles: dict[str, int]
-    judge: Judge
-
-    @classmethod
-    def of(cls, args: argparse.Namespace, device: torch.device) -> Build:
-        """Read prompts and options, and reach the judge: one that is not there costs no sampling.
-
-        Raises:
-            RecipeError: an option, a prompt or the judge is wrong.
-        """
-        prompts, styles = read_prompts(args.prompts), parse_styles(args.samples)
-        prompts = [p for p in prompts if args.level in (None, p.get("level"))]
-        if not prompts:
-            raise InputError(f"--level {args.level}: no prompt of {args.prompts} has that level")
-        if args.judge == "checker" and not all("accept" in p for p in prompts):
-            raise InputError("--judge checker takes passages with questions (data/passages.jsonl)")
-        judge = make_judge(args, device)
-        if args.judge == "rule" and (remark := facts_remark(prompts)):
-            print(remark)
-        return cls(args, prompts, styles, judge)
-
-    def run(self, sampler: Sampler) -> None:
-        """Sample, judge, and write `train.jsonl` and `test.jsonl` to `--out`.
-
-        Raises:
-            KeyboardInterrupt: it was stopped; the message says what is kept.
-        """
-        try:
-            self._run(sampler)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"stopped: what was sampled and judged is kept in {self.args.out / '.build'}, and "
-                "the same command goes on from there"
-            ) from None
-
-    def _run(self, sampler: Sampler) -> None:
-        args, work = self.args, self.args.out / ".build"
-        refuse_untemplated(self.prompts, sampler.tokenizer)
+    Raises:
+        KeyboardInterrupt: it was stopped; the message says what is kept.
+    """
+    work = args.out / ".build"
+    try:
+        refuse_untemplated(prompts, sampler.tokenizer)
         draws = {"batch_size": args.batch_size, "seed": args.seed}
         keep_settings(work, sampler.settings | draws)
         answers = sample_answers(
-            sampler, self.prompts, work / "samples.jsonl",
-            styles=self.styles, system=takes_system(sampler.tokenizer), **draws,
+            sampler, prompts, work / "samples.jsonl",
+            styles=styles, system=takes_system(sampler.tokenizer), **draws,
         )  # fmt: skip
-        pairs = judge_answers(self.judge, self.prompts, answers, work / "judged.jsonl")
-        about = {"model": sampler.name, "judge": self.judge.name, "seed": args.seed}
-        about |= {"temperature": sampler.temperature, "top_p": sampler.top_p}
-        splits = {p["id"]: p.get("split", "train") for p in self.prompts}
-        for split in SPLITS:
-            file, count = args.out / f"{split}.jsonl", list(splits.values()).count(split)
-            if not count:
-                file.unlink(missing_ok=True)  # of an earlier call, whose prompts were others
-                continue
-            rows = [pair | about for pair in pairs if splits[pair["id"]] == split]
-            write_rows(file, rows)
-            print(f"{split}: {len(rows)} pairs from {count} prompts")
-        print(f"check them: python -m scripts.data check --set dataset_name={args.out}")
+        pairs = judge_answers(judge, prompts, answers, work / "judged.jsonl")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped: what was sampled and judged is kept in {work}, and the same command goes on "
+            "from there"
+        ) from None
+    about = {"model": sampler.name, "judge": judge.name, "seed": args.seed}
+    about |= {"temperature": sampler.temperature, "top_p": sampler.top_p}
+    splits = {p["id"]: p.get("split", "train") for p in prompts}
+    counts = Counter(splits.values())
+    for split in SPLITS:
+        file = args.out / f"{split}.jsonl"
+        if not counts[split]:
+            file.unlink(missing_ok=True)  # of an earlier call, whose prompts were others
+            continue
+        rows = [pair | about for pair in pairs if splits[pair["id"]] == split]
+        write_rows(file, rows)
+        print(f"{split}: {len(rows)} pairs from {counts[split]} prompts")
+    print(f"check them: python -m scripts.data check --set dataset_name={args.out}")

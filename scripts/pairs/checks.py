@@ -2,7 +2,8 @@
 
 `KINDS` lists every kind of finding. A *bad* row cannot be trained on, or would teach the wrong
 thing: the config's `on_bad_rows` says whether it stops the run or is left out. The other findings
-are remarks on rows that are used.
+are remarks on rows that are used. The checks of several pairs give (index, kind, detail), those of
+one pair (kind, detail).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -97,10 +97,19 @@ class Report:
         """The findings that make a row unusable."""
         return [f for f in self.findings if KINDS[f.kind].bad]
 
+    def keep(self, split: str, pairs: list[dict], problems: Iterable[tuple]) -> list[dict]:
+        """Note all `problems` (index, kind, detail); `pairs` without the bad ones."""
+        bad = set()
+        for index, kind, detail in problems:
+            self.findings.append(Finding(split, pairs[index][PLACE], kind, detail))
+            if KINDS[kind].bad:
+                bad.add(index)
+        return [pair for index, pair in enumerate(pairs) if index not in bad]
+
 
 # User and assistant by turns; an assistant's tools answer it, and it may call them again.
 _TURN = r"user(?: assistant(?: tool)+)*"
-TALK = re.compile(f"(?:{_TURN} assistant )*{_TURN}")
+TALK = re.compile(f"(?:system )?(?:{_TURN} assistant )*{_TURN}")
 INVISIBLE = re.compile("[\\s\u200b-\u200f\u2060\ufeff]+")
 MARKUP = re.compile(
     r"\[/?INST\]|<</?SYS>>|<\|(?:im_start|im_end|eot_id|start_header_id|end_header_id|endoftext|"
@@ -108,12 +117,7 @@ MARKUP = re.compile(
     r"^###? ?(?:Instruction|Response):|\n\nHuman: ",
     re.MULTILINE,
 )
-
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
-SCORES = (
-    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
-    ("chosen_rating", "rejected_rating"),
-)  # fmt: skip
 LEAST_ECHO = 20  # characters of a prompt that an answer does not begin with by chance
 # What wrong decoding leaves: U+FFFD, half characters, byte order marks, control characters, and
 # UTF-8 that was read as Latin-1 or Windows-1252.
@@ -122,8 +126,6 @@ GARBLED = re.compile(
     "|Ã[\x80-\xbf]|â€[™œ˜”“¦\x9d\x93\x94]|Â[\xa0°»«]|ï»¿"
 )
 ENTITY = re.compile(r"&(?:amp|lt|gt|quot|apos|nbsp|hellip|[mn]dash|[lr][sd]quo|#\d+|#x[\da-f]+);")
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-TAG = re.compile(r"</?[a-z][a-z0-9]*[^<>]*>", re.IGNORECASE)
 # Words that no finished sentence ends with.
 OPEN = re.compile(
     r"\b(?:the|an|of|and|or|but|because|than|into|whose|my|your|our|their|if|which)$"
@@ -132,14 +134,13 @@ OPEN = re.compile(
 SHARE = 0.8  # of the runs of three words, from which on two texts count as nearly the same
 WORDS = 8  # in fewer, one other word is another text
 PERMUTATIONS = 64  # the estimate of the share is then right within 0.05, as a rule
-CHUNK = 2000  # texts hashed at a time
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
 def entity(text: str) -> str | None:
-    """The first HTML entity of a text that is not about HTML: no tags, and not within code."""
-    match = "&" in text and ENTITY.search(CODE.sub(" ", text))
-    return match.group() if match and not TAG.search(text) else None
+    """The first HTML entity of a text that has neither tags nor code."""
+    match = "&" in text and ENTITY.search(text)
+    return match.group() if match and not re.search("`|</?[a-z]", text) else None
 
 
 def breaks_off(text: str) -> str | None:
@@ -165,10 +166,6 @@ def normalised(text: str) -> str:
     return INVISIBLE.sub(" ", text).strip(" .!?\"'")
 
 
-def _trimmed(text: str) -> str:
-    return text.strip()
-
-
 def spoken(message: dict) -> str:
     """All that a message says: its content, and its tool calls as JSON."""
     calls = message.get("tool_calls")
@@ -182,69 +179,55 @@ def _conversation(messages: Messages, form: Callable[[str], str]) -> str:
 
 def roles_problem(pair: dict[str, Messages]) -> tuple[str, str] | None:
     """What is wrong with the order of the roles, as (kind, detail), or None."""
-    prompt = [m["role"] for m in pair["prompt"]]
-    for role in prompt + [m["role"] for s in ("chosen", "rejected") for m in pair[s]]:
-        if role not in ("system", "user", "assistant", "tool"):
-            return "roles", f"unknown role {role!r}"
-    if not prompt:
-        return "empty", "the prompt is empty"
-    if "system" in prompt[1:]:
-        return "roles", "a system message that is not the first"
-    talk = prompt[1:] if prompt[0] == "system" else prompt
-    if not talk or talk[-1] not in ("user", "tool"):
-        return "roles", "the prompt does not end with the user's message"
-    if not TALK.fullmatch(" ".join(talk)):
-        return "roles", "user and assistant do not take turns in the prompt"
-    for side in ("chosen", "rejected"):
-        roles = [m["role"] for m in pair[side]]
-        if not roles:
+    roles = {side: [m["role"] for m in pair[side]] for side in SIDES}
+    for side in SIDES:
+        if not roles[side]:
             return "empty", f"{side} is empty"
-        if len(roles) > 1 and roles[0] == "assistant":
-            return "turns", f"{side} has {len(roles)} messages; the loss would take in all of them"
-        if roles != ["assistant"]:
-            return "roles", f"{side} is the {roles[0]}'s message"
+    if not TALK.fullmatch(" ".join(roles["prompt"])):
+        return "roles", (
+            f"the prompt's roles are {', '.join(roles['prompt']):.80}; user and assistant must "
+            "take turns, and the user comes last"
+        )
+    for side in ("chosen", "rejected"):
+        if len(roles[side]) > 1 and roles[side][0] == "assistant":
+            return "turns", f"{side} has {len(roles[side])} messages; put all but one in the prompt"
+        if roles[side] != ["assistant"]:
+            return "roles", f"{side} is the {roles[side][0]}'s message"
     return None
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
-    """Matches any special token of the model, as typed."""
-    names = sorted(set(tokenizer.all_special_tokens) | special_names(tokenizer), key=len)
-    return re.compile("|".join(re.escape(name) for name in reversed(names)) or r"(?!)")
-
-
-def special_names(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The added tokens that are marked special, reserved ones too."""
-    return {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    """Matches any special token of the model, reserved ones too, as typed."""
+    names = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    names = sorted(names | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
 def text_problems(pair: dict[str, Messages], special: re.Pattern | None) -> Iterator[tuple]:
-    """What is wrong with the text of one pair: (kind, detail), the bad ones first."""
-    problem = roles_problem(pair)
-    if problem:
+    """What is wrong with the text of one pair."""
+    if problem := roles_problem(pair):
         yield problem
         return
-    texts = [(s, spoken(m)) for s in ("prompt", "chosen", "rejected") for m in pair[s]]
-    for side, text in texts:
-        if match := GARBLED.search(text):
-            yield "encoding", f"{side} has {match.group()!a} at character {match.start()}"
-        if not INVISIBLE.sub("", text):
-            yield "empty", f"{side} is empty or white space"
-        match = special and special.search(text)
-        if match:
-            yield "special", f"{side} has {match.group()!r} typed in it"
-        elif match := MARKUP.search(text):
-            yield "markup", f"{side} has {match.group().strip()!r}"
-        if match := MESSAGES_AS_TEXT.match(text):
-            yield "json_text", f"{side} begins with {match.group()!r}"
-        elif found := entity(text):
-            yield "entities", f"{side} has {found}"
+    for side in SIDES:
+        for text in map(spoken, pair[side]):
+            if match := GARBLED.search(text):
+                yield "encoding", f"{side} has {match.group()!a} at character {match.start()}"
+            if not INVISIBLE.sub("", text):
+                yield "empty", f"{side} is empty or white space"
+            if match := special and special.search(text):
+                yield "special", f"{side} has {match.group()!r} typed in it"
+            elif match := MARKUP.search(text):
+                yield "markup", f"{side} has {match.group().strip()!r}"
+            if match := MESSAGES_AS_TEXT.match(text):
+                yield "json_text", f"{side} begins with {match.group()!r}"
+            elif found := entity(text):
+                yield "entities", f"{side} has {found}"
     yield from _answer_problems(pair)
 
 
 def _answer_problems(pair: dict[str, Messages]) -> Iterator[tuple]:
     """What is wrong with the two answers of a pair, beside each other and beside the prompt."""
-    answers = {side: spoken(pair[side][-1]) for side in ("chosen", "rejected")}
-    chosen, rejected = answers.values()
+    chosen, rejected = (spoken(pair[side][-1]) for side in ("chosen", "rejected"))
     if not INVISIBLE.sub("", chosen):  # reported as empty
         return
     if chosen.strip() == rejected.strip():
@@ -255,17 +238,16 @@ def _answer_problems(pair: dict[str, Messages]) -> Iterator[tuple]:
     if found := breaks_off(chosen):
         yield "breaks_off", f"chosen ends {found}"
     asked = normalised(pair["prompt"][-1]["content"])
-    for side, text in answers.items():
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
         if len(asked) >= LEAST_ECHO and normalised(text).startswith(asked):
             yield "echo", f"{side} begins with the whole of the prompt's last message"
-    for names in SCORES:
-        one, other = (pair.get(name) for name in names)
-        if isinstance(one, int | float) and isinstance(other, int | float) and one < other:
-            yield "scores", f"{names[0]} {one:g} is below {names[1]} {other:g}"
+    one, other = pair.get("score_chosen"), pair.get("score_rejected")
+    if isinstance(one, int | float) and isinstance(other, int | float) and one < other:
+        yield "scores", f"score_chosen {one:g} is below score_rejected {other:g}"
 
 
 def repeats(pairs: list[dict]) -> Iterator[tuple[int, str, str]]:
-    """Pairs that repeat or contradict an earlier one: (index, kind, detail).
+    """Pairs that repeat or contradict an earlier one.
 
     Rows are dropped for this, so it compares the texts as they are, outer white space aside: pairs
     that teach case or spacing differ in nothing else. Near repeats are remarks.
@@ -274,7 +256,7 @@ def repeats(pairs: list[dict]) -> Iterator[tuple[int, str, str]]:
     near: dict[tuple[int, ...], int] = {}
     reported: set[int] = set()
     for index, pair in enumerate(pairs):
-        prompt, chosen, rejected = key = _pair_key(pair, _trimmed)
+        prompt, chosen, rejected = key = _pair_key(pair, str.strip)
         if key in exact:
             yield index, "duplicate", f"the same pair as {pairs[exact[key]][PLACE]}"
             continue
@@ -291,16 +273,16 @@ def repeats(pairs: list[dict]) -> Iterator[tuple[int, str, str]]:
 
 
 def near_repeats(pairs: list[dict]) -> Iterator[tuple[int, str, str]]:
-    """Pairs that share nearly all of their words with an earlier one: (index, kind, detail).
-
-    Those that are the same when normalised are left to `repeats`.
-    """
-    keys = [_pair_key(pair, normalised) for pair in pairs]
-    first_of = {key: i for i, key in reversed(list(enumerate(keys)))}
+    """Pairs that share nearly all of their words with an earlier one; those that are the same when
+    normalised are left to `repeats`."""
+    first: dict[tuple[int, ...], int] = {}
+    for index, pair in enumerate(pairs):
+        first.setdefault(_pair_key(pair, normalised), index)
+    firsts = set(first.values())
     texts = ("\n".join(_conversation(pair[s], normalised) for s in SIDES) for pair in pairs)
-    for index, first in near(texts):
-        if first_of[keys[index]] == index:
-            yield index, "near_duplicate", f"nearly the same pair as {pairs[first][PLACE]}"
+    for index, earlier in near(texts):
+        if index in firsts:
+            yield index, "near_duplicate", f"nearly the same pair as {pairs[earlier][PLACE]}"
 
 
 def near(texts: Iterable[str], others: Iterable[str] | None = None) -> Iterator[tuple[int, int]]:
@@ -330,23 +312,18 @@ def near(texts: Iterable[str], others: Iterable[str] | None = None) -> Iterator[
 
 
 def _hashed(texts: Iterable[str]) -> Iterator[tuple[int, object]]:
-    """The MinHash of each text that is long enough, with its index."""
+    """The MinHash of each text that is long enough, with its index: of its runs of three words (of
+    three characters, where words have no spaces)."""
     from datasketch import MinHash
 
-    numbered = enumerate(texts)
-    while some := list(islice(numbered, CHUNK)):
-        runs = [(index, _runs(text)) for index, text in some]
-        runs = [(index, found) for index, found in runs if found]
-        hashes = MinHash.bulk([found for _, found in runs], num_perm=PERMUTATIONS)
-        yield from zip((index for index, _ in runs), hashes, strict=True)
-
-
-def _runs(text: str) -> set[bytes]:
-    """The runs of three words of a text (of three characters, where words have no spaces)."""
-    words = WORD.findall(text.casefold())
-    if len(words) < WORDS:
-        return set()
-    return {" ".join(words[i : i + 3]).encode("utf-8", "replace") for i in range(len(words) - 2)}
+    empty = MinHash(num_perm=PERMUTATIONS)
+    for index, text in enumerate(texts):
+        words = WORD.findall(text.casefold())
+        if len(words) >= WORDS:
+            hashed = empty.copy()
+            runs = {" ".join(words[i : i + 3]) for i in range(len(words) - 2)}
+            hashed.update_batch([run.encode("utf-8", "replace") for run in runs])
+            yield index, hashed
 
 
 def _pair_key(pair: dict, form: Callable[[str], str]) -> tuple[int, ...]:
@@ -366,7 +343,7 @@ def prompt_key(prompt: Messages) -> str:
 
 
 def leaks(train: list[dict], held_out: list[dict]) -> Iterator[tuple]:
-    """Training pairs whose prompt is held out as well: (index, kind, detail)."""
+    """Training pairs whose prompt is held out as well, or nearly."""
     keys, held_keys = ([prompt_key(p["prompt"]) for p in some] for some in (train, held_out))
     held = {key: pair[PLACE] for key, pair in zip(held_keys, held_out, strict=True)}
     for index, key in enumerate(keys):
@@ -385,16 +362,13 @@ def tool_problems(
 
     Such a call would be trained on as an empty answer, or leave a tool's reply without its call.
     """
-    calls = {
-        side: [call["function"]["name"] for m in pair[side] for call in m.get("tool_calls") or ()]
-        for side in SIDES
-    }
-    tools = pair.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools or []
+    tools = json.loads(pair.get("tools") or "[]")
+    calls = {side: [c for m in pair[side] for c in m.get("tool_calls", ())] for side in SIDES}
     if not tools and not any(calls.values()):
         return
     texts = {side: tokenizer.decode(ids[f"{side}_ids"]) for side in SIDES}
-    for side, names in calls.items():
+    for side in SIDES:
+        names = [call["function"]["name"] for call in calls[side]]
         if unseen := [name for name in names if name not in texts[side]]:
             yield "template", f"the chat template leaves out {side}'s tool call {unseen[0]!r}"
     names = [(tool.get("function") or tool).get("name") for tool in tools]
@@ -412,7 +386,7 @@ def token_problems(ids: dict[str, list[int]], ends: set[int]) -> Iterator[tuple]
         yield "equal", "the two answers are the same tokens"
 
 
-def cut_problems(ids: dict[str, list[int]], max_length: int, mode: str) -> Iterator[tuple]:
+def cut_problems(ids: dict[str, np.ndarray], max_length: int, mode: str) -> Iterator[tuple]:
     """What the cut at `max_length` takes of a pair that is longer, as TRL's collator cuts.
 
     `no_room` is TRL's own rule: its trainer leaves such a row out without a word.
@@ -423,7 +397,7 @@ def cut_problems(ids: dict[str, list[int]], max_length: int, mode: str) -> Itera
         return
     room = max_length - len(prompt) if mode == "keep_start" else max_length
     left = slice(room) if mode == "keep_start" else slice(-room, None)
-    if chosen[left] == rejected[left]:
+    if np.array_equal(chosen[left], rejected[left]):
         yield "cut_equal", f"the answers are the same in the {room} tokens that are left"
         return
     lost = {s: len(prompt) + len(ids[f"{s}_ids"]) - max_length for s in ("chosen", "rejected")}

@@ -10,10 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
-from ast import literal_eval
 from collections.abc import Iterator
-from itertools import count, zip_longest
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,6 @@ Row = tuple[str, dict[str, Any] | None, str]  # where it stands; the row, or Non
 READ = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz")
 LFS = b"version https://git-lfs.github.com/spec/"
-PRINTED = re.compile(r"\s*\[\s*\{\s*[\"']")  # a list of objects
-BETWEEN = re.compile(r"\}\s*\n\s*\{")  # two of them in numpy's arrays, which have no commas
 
 
 class DataError(RecipeError):
@@ -52,8 +48,8 @@ def require_known(name: str) -> None:
 
 
 def read_file(path: Path, name: str | None = None) -> Iterator[Row]:
-    """The rows of a file; `where` is its `name` and the line, or the row of a table, from 1. Rows
-    of a CSV file are numbered as in a spreadsheet, where the first one after the header is 2.
+    """The rows of a file; `where` is its `name` and the line (of a CSV
+    file, the one that the row ends in), or the row of a table, from 1.
 
     Raises:
         DataError: it is of another format, damaged, or a Git-LFS pointer.
@@ -62,21 +58,26 @@ def read_file(path: Path, name: str | None = None) -> Iterator[Row]:
     require_known(name)
     kind = kind_of(name)
     try:
-        if path.open("rb").read(len(LFS)) == LFS:
+        start = path.open("rb").read(len(LFS))
+        if start == LFS:
             raise DataError(f"{path} is a Git-LFS pointer, not the data; run `git lfs pull` there")
         if kind in (".parquet", ".arrow"):
-            rows = _arrow_rows(path) if kind == ".arrow" else pq.read_table(path).to_pylist()
+            if kind == ".parquet":
+                rows = pq.read_table(path).to_pylist()
+            elif start.startswith(b"ARROW1"):  # Feather
+                rows = pa.ipc.open_file(path).read_all().to_pylist()
+            else:  # a stream, as `datasets` writes it
+                rows = Dataset.from_file(str(path)).to_list()
             yield from _numbered(name, rows)
             return
-        packing = Path(name.lower()).suffix
-        with fsspec.open(path, "rb", compression="infer" if packing in PACKED else None) as file:
+        with fsspec.open(path, "rb", compression="infer") as file:
             raw = file.read()
         encoding = json.detect_encoding(raw)  # UTF-16 and UTF-32 too
         if not encoding.startswith("utf-8"):
             raw = raw.decode(encoding).encode("utf-8")
+    except DataError:
+        raise
     except Exception as error:  # zlib, lzma, pyarrow and the codecs have errors of their own
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path} is damaged or cannot be read: {one_line(error)}") from None
     if kind in (".csv", ".tsv"):
         yield from _table(name, raw, "\t" if kind == ".tsv" else ",")
@@ -97,14 +98,7 @@ def _object(where: str, row: Any) -> Row:
     return where, None, f"not an object of fields but {type(row).__name__}"
 
 
-def _arrow_rows(path: Path) -> list[dict]:
-    """The rows of a stream, as `datasets` writes it, or of Arrow's file format (Feather)."""
-    if path.open("rb").read(6) == b"ARROW1":
-        return pa.ipc.open_file(path).read_all().to_pylist()
-    return Dataset.from_file(str(path)).to_list()
-
-
-def _loaded(text: str | bytes) -> Any:
+def _loaded(text: str) -> Any:
     """`text` as JSON. NaN, which Python writes for an empty cell, becomes a null."""
     return json.loads(text, parse_constant=lambda _: None)
 
@@ -141,25 +135,18 @@ def _whole(name: str, raw: bytes) -> list | None:
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else None
     columns = list(whole.values())
-    if len(columns) > 1 and all(isinstance(column, dict) for column in columns):
-        return pd.DataFrame(whole).to_dict("records")
-    lists = [column for column in columns if column and isinstance(column, list)]
-    if len(lists) == 1 and len(columns) == 1 and not _are_messages(lists[0]):
-        return lists[0]
-    if lists == columns and not any(isinstance(cell, dict) for column in lists for cell in column):
-        return pd.DataFrame(whole).to_dict("records")
-    if "train" in whole:
-        raise DataError(
-            f"{name} holds several splits; write each to its own file: train.jsonl, test.jsonl"
-        )
-    return [whole]
+    if len(columns) == 1 and isinstance(columns[0], list) and not _are_messages(columns[0]):
+        return columns[0]
+    by_index = len(columns) > 1 and all(isinstance(column, dict) for column in columns)
+    by_order = all(isinstance(column, list) and not _are_messages(column) for column in columns)
+    return pd.DataFrame(whole).to_dict("records") if by_index or by_order else [whole]
 
 
 def _table(name: str, raw: bytes, usual: str) -> Iterator[Row]:
     """The rows of a CSV file, all cells as text; what separates them shows in the header.
 
     Raises:
-        DataError: it is not UTF-8, or has two columns of one name.
+        DataError: it is not UTF-8, has two columns of one name, or a quote that is never closed.
     """
     try:
         text = raw.decode("utf-8-sig")
@@ -172,40 +159,29 @@ def _table(name: str, raw: bytes, usual: str) -> Iterator[Row]:
     separator = max((usual, *",;\t|"), key=lambda s: len(next(csv.reader([header], delimiter=s))))
     csv.field_size_limit(2**31 - 1)
     # Strict: else a quote that is never closed takes in the rest of the file as one cell.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    columns: list[str] = []
-    for number in count(1):
-        where = f"{name}:{number}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield where, None, f"not CSV: {error}"
-            continue
-        if not columns:
-            columns = cells
-            if twice := next((c for c in columns if c and columns.count(c) > 1), None):
-                raise DataError(f"{name} has two columns {twice!r}; rename or remove one")
-        elif any(cells[len(columns) :]):
-            yield where, None, f"{len(cells)} cells in {len(columns)} columns"
-        elif cells:
-            yield where, dict(zip_longest(columns, map(_cell, cells[: len(columns)]))), ""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    columns = reader.fieldnames or []
+    if twice := next((c for c in columns if c and columns.count(c) > 1), None):
+        raise DataError(f"{name} has two columns {twice!r}; rename or remove one")
+    try:
+        for row in reader:
+            where = f"{name}:{reader.line_num}"
+            if any(more := row.pop(None, [])):
+                yield where, None, f"{len(columns) + len(more)} cells in {len(columns)} columns"
+            else:
+                yield where, {column: _cell(cell) for column, cell in row.items()}, ""
+    except csv.Error as error:
+        raise DataError(f"{name}:{reader.line_num} is not CSV: {error}") from None
 
 
-def _cell(value: str) -> Any:
-    """A CSV cell; messages that pandas printed into it, or JSON, are read as messages."""
-    if not PRINTED.match(value):
-        return value
-    for read in (json.loads, literal_eval, lambda text: literal_eval(BETWEEN.sub("}, {", text))):
-        try:
-            parsed = read(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if _are_messages(parsed):
-            return parsed
+def _cell(value: str | None) -> Any:
+    """A CSV cell; messages as JSON are read as messages."""
+    if value and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            parsed = json.loads(value)
+            return parsed if parsed and _are_messages(parsed) else value
     return value
 
 
-def _are_messages(values: Any) -> bool:
+def _are_messages(values: list) -> bool:
     return all(isinstance(m, dict) and {"role", "from"} & set(m) for m in values)

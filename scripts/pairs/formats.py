@@ -1,9 +1,8 @@
 """Rows of the common preference formats, as TRL's explicit conversational pairs.
 
-`FORMATS` has the columns that tell each format, and the function that reads a row of it;
-`docs/data.md` says which tools and datasets write it. A `system` (or `system_prompt`) column
-becomes the system message in every format. Columns that the format does not read are kept. See
-https://huggingface.co/docs/trl/dataset_formats.
+`FORMATS` has the columns of each format; `docs/data.md` says which tools and datasets write it. A
+`system` (or `system_prompt`) column becomes the system message in every format. Columns that the
+format does not read are kept. See https://huggingface.co/docs/trl/dataset_formats.
 """
 
 from __future__ import annotations
@@ -25,38 +24,14 @@ from scripts.pairs.messages import (
     by_turns,
     first_of,
     number_in,
-    question_in,
     split_talks,
     text_of,
 )
 from scripts.pairs.tokens import IDS
 
-Convert = Callable[[dict], dict[str, Any]]  # a row to its prompt, chosen and rejected
-
 WIDE_END = re.compile("[。？！：]")  # ends a sentence without a space after it
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 HELPSTEER_TURN = re.compile(r"\n?<extra_id_\d+>(User|Assistant|System)\n")
-
-
-def from_columns(
-    prompt: str, chosen: str = "chosen", rejected: str = "rejected", history: bool = False
-) -> Convert:
-    """A format with a column each for the prompt and the answers; of names parted by `|`, the first
-    that a row has. With `history`, the columns `history` and `input` are read too.
-
-    Answers may repeat the prompt's turns, and the prompt may end with the chosen answer.
-    """
-
-    def convert(row: dict) -> dict[str, Messages]:
-        name, value = first_of(row, prompt)
-        found = (first_of(row, names) for names in (chosen, rejected))
-        answers = [as_messages(answer, "assistant", column) for column, answer in found]
-        if all(len(a) > 1 and a[0]["role"] in ("system", "user") for a in answers):
-            return split_talks(*answers)
-        asked = asked_in(row) if history else as_messages(value, "user", name)
-        return as_pair(asked[:-1] if asked[-1:] == answers[0][-1:] else asked, *answers)
-
-    return convert
 
 
 def _prompt_size(chosen: str, rejected: str) -> int:
@@ -81,7 +56,7 @@ def from_implicit(row: dict) -> dict[str, Messages]:
     """TRL's implicit prompt: what `chosen` and `rejected` begin with alike (`_prompt_size`)."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return from_talks("chosen", "rejected")(row)
+        return split_talks(*(as_messages(row.get(s), "user", s) for s in ("chosen", "rejected")))
     if not chosen or not rejected:
         raise BadRow("empty", f"{'rejected' if chosen else 'chosen'} is empty")
     size = _prompt_size(chosen, rejected)
@@ -94,40 +69,31 @@ def from_implicit(row: dict) -> dict[str, Messages]:
     )
 
 
-def from_talks(chosen: str, rejected: str) -> Convert:
-    """A format with two whole conversations."""
-    return lambda row: split_talks(
-        *(as_messages(row.get(name), "user", name) for name in (chosen, rejected))
-    )
-
-
-def _turns(transcript: Any, what: str) -> Messages:
-    before, *parts = TURN.split(text_of(transcript, what))
-    if before.strip() or not parts:
-        raise BadRow("roles", f"{what} is no transcript that begins with Human: or Assistant:")
-    role = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": role[who], "content": text.strip()}
-        for who, text in zip(parts[::2], parts[1::2], strict=True)
-    ]
-
-
 def from_hh(row: dict) -> dict[str, Messages]:
     """Anthropic HH: either column is the whole talk, as one string."""
-    return split_talks(_turns(row.get("chosen"), "chosen"), _turns(row.get("rejected"), "rejected"))
+    talks = []
+    for side in ("chosen", "rejected"):
+        before, *parts = TURN.split(text_of(row.get(side), side))
+        if before.strip() or not parts:
+            raise BadRow("roles", f"{side} is no transcript that begins with Human: or Assistant:")
+        talks.append(
+            [
+                {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
+                for who, text in zip(parts[::2], parts[1::2], strict=True)
+            ]
+        )
+    return split_talks(*talks)
 
 
 def from_alpaca(row: dict) -> dict[str, Messages]:
-    """Alpaca: `instruction`, perhaps `input` and earlier turns in `history`; `output` is chosen,
-    or a list of chosen and rejected."""
+    """Alpaca: `output` is chosen, or a list of chosen and rejected."""
     output = row.get("output")
     if isinstance(output, list) and len(output) == 2 and row.get("rejected") is None:
         row = row | {"chosen": output[0], "rejected": output[1]}
     elif row.get("chosen") is None:
         row = row | {"chosen": output}
-    prompt = question_in(row, row.get("instruction"))
-    answers = (as_messages(row.get(c), "assistant", c) for c in ("chosen", "rejected"))
-    return as_pair(prompt, *answers)
+    answers = (as_messages(row.get(s), "assistant", s) for s in ("chosen", "rejected"))
+    return as_pair(asked_in(row, "instruction"), *answers)
 
 
 def _last_turn(talk: Messages, what: str) -> tuple[Messages, Messages]:
@@ -142,9 +108,8 @@ def from_swift(row: dict) -> dict[str, Messages]:
     if row.get("messages") is None:
         prompt, chosen = asked_in(row), as_messages(row.get("response"), "assistant", "response")
     else:
-        talk = as_messages(row["messages"], "user", "messages")
-        prompt, chosen = _last_turn(talk, "messages")
-    name, value = first_of(row, "rejected_response|rejected_messages|rejected")
+        prompt, chosen = _last_turn(as_messages(row["messages"], "user", "messages"), "messages")
+    name, value = first_of(row, FORMATS["swift"].rejected)
     rejected = as_messages(value, "assistant", name)
     if len(rejected) > 1:
         return split_talks([*prompt, *chosen], rejected)
@@ -156,30 +121,25 @@ def from_openai(row: dict) -> dict[str, Any]:
     asked = row.get("input")
     if not isinstance(asked, dict):
         raise BadRow("type", "input is not an object with messages")
-    outputs = [
-        as_messages(row.get(name), "assistant", name)
-        for name in ("preferred_output", "non_preferred_output")
-    ]
-    pair = as_pair(as_messages(asked.get("messages"), "user", "input.messages"), *outputs)
+    names = ("preferred_output", "non_preferred_output")
+    answers = [as_messages(row.get(name), "assistant", name) for name in names]
+    pair = as_pair(as_messages(asked.get("messages"), "user", "input.messages"), *answers)
     return pair | ({"tools": _tools(asked["tools"])} if asked.get("tools") else {})
-
-
-CANDIDATES = "completions|answers|responses|candidates|outputs"
-ANSWER_TEXTS = "response|text|answer|content|completion|output"
-SCORES = "score|overall_score|pm_score|reward|rating"
 
 
 def _scored(row: dict) -> list[tuple[float, Any]]:
     """The answers of a row, each with its score: beside the text, or in a list of its own. A `rank`
     counts from the best."""
-    name, answers = first_of(row, CANDIDATES)
+    name, answers = first_of(row, FORMATS["scored"].chosen)
     if not isinstance(answers, list):
         raise BadRow("type", f"{name} is not a list but {type(answers).__name__}")
     if answers and all(isinstance(a, dict) for a in answers):
-        ranks = [-number_in(a["rank"], "rank") for a in answers if a.get("rank") is not None]
-        if len(ranks) < len(answers):
-            ranks = [number_in(first_of(a, SCORES)[1], f"a score in {name}") for a in answers]
-        return list(zip(ranks, (first_of(a, ANSWER_TEXTS)[1] for a in answers), strict=True))
+        texts = [first_of(a, "response|text|answer|content|completion|output")[1] for a in answers]
+        if all(a.get("rank") is not None for a in answers):
+            return [(-number_in(a["rank"], "rank"), t) for a, t in zip(answers, texts, strict=True)]
+        names = "score|overall_score|pm_score|reward|rating"
+        scores = [first_of(a, names)[1] for a in answers]
+        return [(number_in(s, f"a score in {name}"), t) for s, t in zip(scores, texts, strict=True)]
     column, scores = first_of(row, "scores|rewards|ratings")
     if not isinstance(scores, list) or len(scores) != len(answers):
         raise BadRow("type", f"{column} is not a list of one number for each of {name}")
@@ -230,11 +190,7 @@ def _verdict(row: dict, column: str) -> float:
     number = number_in(row[column], column)
     if column in AGAINST:
         return number - number_in(row.get(AGAINST[column]), AGAINST[column])
-    if column in ("better_response_id", "labels"):
-        if number not in (0, 1):
-            raise BadRow("type", f"{column} is {row[column]!r}, neither 0 nor 1")
-        return number - 0.5 if column == "labels" else 0.5 - number
-    return -number
+    return {"better_response_id": 0.5 - number, "labels": number - 0.5}.get(column, -number)
 
 
 def from_compared(row: dict) -> dict[str, Messages]:
@@ -246,174 +202,136 @@ def from_compared(row: dict) -> dict[str, Messages]:
     better = _verdict(row, column)
     if better == 0:
         raise BadRow("equal", "the two answers were found equally good")
-    chosen, rejected = names if better > 0 else reversed(names)
-    if chosen.startswith("conversation"):
-        return from_talks(chosen, rejected)(row)
-    if chosen in ("response_a", "response_b"):
-        talks = [_by_turns(row.get("prompt"), row[name], name) for name in (chosen, rejected)]
-        if all(talks):
-            return split_talks(*talks)
-    answers = (as_messages(row[name], "assistant", name) for name in (chosen, rejected))
+    names = names if better > 0 else names[::-1]
+    if column in ("winner_model_a", "winner"):
+        asked, *said = (_texts(row.get(name)) for name in ("prompt", *names))
+        if asked and all(len(texts) == len(asked) for texts in said):
+            return split_talks(
+                *(by_turns(list(zip(asked, t, strict=True)), "a turn") for t in said)
+            )
+    answers = [as_messages(row[name], "assistant", name) for name in names]
+    if names[0].startswith("conversation"):
+        return split_talks(*answers)
     return as_pair(_compared_prompt(row), *answers)
 
 
-def _by_turns(prompts: Any, answers: Any, what: str) -> Messages:
-    """Prompts and answers by turns, from two lists as long, perhaps as JSON text; else nothing."""
-    lists = []
-    for value in (prompts, answers):
-        try:
-            lists.append(json.loads(value) if isinstance(value, str) else value)
-        except ValueError:
-            return []
-    if not all(isinstance(each, list) for each in lists) or len(lists[0]) != len(lists[1]):
+def _texts(value: Any) -> list:
+    """What was said by turns, a list of texts or such a list as JSON text; else nothing."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
         return []
-    if any(isinstance(turn, dict) for turn in lists[0]):
-        return []
-    return by_turns(list(zip(*lists, strict=True)), what)
+    return value if isinstance(value, list) and not any(isinstance(t, dict) for t in value) else []
 
 
 def _compared_prompt(row: dict) -> Messages:
     """The prompt, whatever its column is called; `context` or `history` where nothing else is."""
-    if any(row.get(name) is not None for name in PROMPTS.split("|")):
-        if row.get("context"):
-            raise BadRow("type", "there is a context beside the prompt: put both into one column")
-        name, value = first_of(row, PROMPTS)
-        if isinstance(value, dict) and "full_text" in value:  # WebGPT's question
-            value = value["full_text"]
-        if isinstance(value, str) and len(parts := HELPSTEER_TURN.split(value)) > 1:
-            roles = ["user", *(who.lower() for who in parts[1::2])]
-            turns = zip(roles, parts[::2], strict=True)
-            return [{"role": role, "content": text.strip()} for role, text in turns]
-        return asked_in(row | {name: value})
-    column, value = first_of(row, "context|history")
-    return as_messages(value, "user", column)
-
-
-LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-LABELS |= {"-1": False, "-1.0": False}
-
-
-def judged(row: dict) -> tuple[Messages, Messages, bool]:
-    """The prompt, the answer and the label of a row of unpaired data."""
-    name, label = first_of(row, "label|kto_tag")
-    good = LABELS.get(str(label).strip().lower())
-    if good is None:
-        raise BadRow("type", f"{name} is {label!r}, neither true nor false")
-    answers = "completion|response|output|answer"
-    if any(row.get(column) is not None for column in answers.split("|")):
-        column, answer = first_of(row, answers)
-        return asked_in(row), as_messages(answer, "assistant", column), good
-    return *_last_turn(asked_in(row), first_of(row, PROMPTS)[0]), good
-
-
-def from_unpaired(row: dict) -> dict[str, Messages]:
-    """KTO's rows, once `load.pair_up` has put two with the same prompt together."""
-    for side, kind in (("chosen", "good"), ("rejected", "bad")):
-        if side not in row:
-            judged(row)  # which says what is wrong with the row by itself
-            raise BadRow("missing", f"no answer labelled {kind} is left for the same prompt")
-    return from_columns("prompt")(row)
+    if all(row.get(name) is None for name in PROMPTS.split("|")):
+        column, value = first_of(row, "context|history")
+        return as_messages(value, "user", column)
+    if row.get("context"):
+        raise BadRow("type", "there is a context beside the prompt: put both into one column")
+    name, value = first_of(row, PROMPTS)
+    if isinstance(value, dict) and "full_text" in value:  # WebGPT's question
+        value = value["full_text"]
+    if isinstance(value, str) and len(parts := HELPSTEER_TURN.split(value)) > 1:
+        roles = ["user", *(who.lower() for who in parts[1::2])]
+        turns = zip(roles, parts[::2], strict=True)
+        return [{"role": role, "content": text.strip()} for role, text in turns]
+    return asked_in(row | {name: value})
 
 
 class Format(NamedTuple):
-    """A format: the columns that tell it (`|`: either will do), how one of its rows becomes
-    messages, and what it reads where it is there."""
+    """A format by its columns, each the first that a row has of names parted by `|`: where the
+    prompt is (if not in the answers), the answers, what else it reads, and the function that reads
+    what is not one column each."""
 
-    needed: tuple[str, ...]
-    convert: Convert
-    optional: tuple[str, ...] = ()
+    prompt: str
+    chosen: str
+    rejected: str = ""
+    further: str = ""
+    convert: Callable[[dict], dict[str, Any]] | None = None
+
+    @property
+    def needed(self) -> list[str]:
+        """The columns that tell this format."""
+        return [names for names in self[:3] if names]
 
     def reads(self) -> set[str]:
         """All columns that this format reads; `system` is read in every one."""
-        return {"system", "system_prompt", *self.optional, *"|".join(self.needed).split("|")}
+        return {"system", "system_prompt", *"|".join(self[:4]).split("|")}
+
+    def read(self, row: dict) -> dict[str, Any]:
+        """The pair in `row`; a `BadRow` if it has none."""
+        if self.convert:
+            return self.convert(row)
+        asked = asked_in({k: row.get(k) for k in self.reads()}, self.prompt) if self.prompt else []
+        found = (first_of(row, names) for names in (self.chosen, self.rejected))
+        answers = [as_messages(value, "assistant", name) for name, value in found]
+        return as_pair(asked, *answers) if self.prompt else split_talks(*answers)
 
 
-TALK = ("input", "history")  # what `asked_in` reads besides the prompt
-
-
-# What other tools call an answer.
-CHOSEN, REJECTED = "chosen_response|response_chosen", "rejected_response|response_rejected"
+TALK = "input|history"  # what `asked_in` reads besides the prompt
+FIRST, SECOND, BETTER = ("|".join(dict.fromkeys(n)) for n in zip(*VERDICTS, strict=True))
 
 # The first that fits is taken.
 FORMATS: dict[str, Format] = {
-    "explicit": Format(("prompt", "chosen", "rejected"), from_columns("prompt")),
-    "orca": Format(("question", "chosen", "rejected"), from_columns("question")),
-    "sharegpt": Format(("conversations", "chosen", "rejected"), from_columns("conversations")),
-    "messages": Format(("messages", "chosen", "rejected"), from_columns("messages")),
+    "explicit": Format("prompt", "chosen", "rejected"),
+    "orca": Format("question", "chosen", "rejected"),
+    "sharegpt": Format("conversations", "chosen", "rejected"),
+    "messages": Format("messages", "chosen", "rejected"),
     "responses": Format(
-        (PROMPTS, CHOSEN, REJECTED), from_columns(PROMPTS, CHOSEN, REJECTED, history=True), TALK
+        PROMPTS, "chosen_response|response_chosen", "rejected_response|response_rejected", TALK
     ),
-    "llamafactory": Format(
-        ("chosen_messages", "rejected_messages"), from_talks("chosen_messages", "rejected_messages")
-    ),
+    "llamafactory": Format("", "chosen_messages", "rejected_messages"),
     "swift": Format(
-        ("messages|query", "rejected_response|rejected_messages|rejected"),
-        from_swift,
-        ("response", *TALK),
+        "messages|query", "", "rejected_response|rejected_messages|rejected",
+        f"response|{TALK}", from_swift,
     ),
-    "openai": Format(("input", "preferred_output", "non_preferred_output"), from_openai),
-    "stackexchange": Format(
-        ("question", "response_j", "response_k"),
-        from_columns("question", "response_j", "response_k"),
-    ),
+    "openai": Format("input", "preferred_output", "non_preferred_output", "", from_openai),
+    "stackexchange": Format("question", "response_j", "response_k"),
     "compared": Format(
-        tuple("|".join(dict.fromkeys(names)) for names in zip(*VERDICTS, strict=True)),
-        from_compared,
-        ("winner_model_b", "winner_tie", "score_1", *PROMPTS.split("|"), "context", *TALK),
+        FIRST, SECOND, BETTER,
+        f"winner_model_b|winner_tie|score_1|{PROMPTS}|context|{TALK}", from_compared,
     ),
-    "scored": Format((PROMPTS, CANDIDATES), from_scored, ("scores", "rewards", "ratings", *TALK)),
-    "unpaired": Format(
-        (PROMPTS, "label|kto_tag"),
-        from_unpaired,
-        ("chosen", "rejected", "completion", "response", "output", "answer", *TALK),
+    "scored": Format(
+        PROMPTS, "completions|answers|responses|candidates|outputs", "",
+        f"scores|rewards|ratings|{TALK}", from_scored,
     ),
-    "alpaca": Format(("instruction", "chosen|output", "rejected|output"), from_alpaca, TALK),
-    "hh": Format(("chosen", "rejected"), from_hh),
-    "implicit": Format(("chosen", "rejected"), from_implicit),
-}
+    "alpaca": Format("instruction", "chosen|output", "rejected|output", TALK, from_alpaca),
+    "hh": Format("", "chosen", "rejected", "", from_hh),
+    "implicit": Format("", "chosen", "rejected", "", from_implicit),
+}  # fmt: skip
+
+# Formats that are told by what the rows hold, too: other data has answers and labels as well.
+HOLDS = {"swift": from_swift, "compared": from_compared, "scored": from_scored}
 
 
 def fits(name: str, columns: set[str]) -> bool:
     """Whether `columns` has all that the format `name` needs."""
-    return all(columns & set(needed.split("|")) for needed in FORMATS[name].needed)
+    return all(columns & set(names.split("|")) for names in FORMATS[name].needed)
 
 
 def detect(columns: set[str], sample: list[dict]) -> str | None:
     """The name of the format that `columns` and the first rows fit, or None.
 
-    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts. `swift`,
-    `compared`, `scored` and `unpaired` are told by what the rows hold, too: other data has answers
-    and labels as well.
+    `hh` and `implicit` have the same columns: it is `hh` if most texts are transcripts.
     """
-    names = [
-        name
-        for name in FORMATS
-        if fits(name, columns) and (name not in HOLDS or _holds(name, columns, sample))
-    ]
-    if names and names[0] == "hh":
-        texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
-        spoken = [isinstance(t, str) and bool(TURN.match(t)) for t in texts]
-        if 2 * sum(spoken) > len(spoken):
-            return "hh"
-        return "implicit" if _begin_alike(columns, sample) else None
-    return names[0] if names else None
-
-
-def _begin_alike(columns: set[str], sample: list[dict]) -> bool:
-    """Whether nearly all answers begin with a prompt, where another column may hold it: one of a
-    name that no format has would be left out, and the words that two answers begin with alike
-    taken for it."""
+    fitting = (name for name in FORMATS if fits(name, columns))
+    name = next((n for n in fitting if n not in HOLDS or _holds(n, columns, sample)), None)
+    if name != "hh":
+        return name
+    texts = [t for row in sample for t in (row.get("chosen"), row.get("rejected"))]
+    if 2 * sum(isinstance(t, str) and bool(TURN.match(t)) for t in texts) > len(texts):
+        return "hh"
+    # Where a column of another name may hold the prompt, the words that the answers begin with
+    # alike are one only if nearly all of them do.
     others = columns - {"chosen", "rejected", "system", "system_prompt"}
-    if not any(isinstance(row.get(name), str) for row in sample for name in others):
-        return True
-    texts = [r for r in sample if r.get("chosen") and r.get("rejected")]
-    return sum(_takes(from_implicit, row) for row in texts) >= 0.9 * len(texts)
-
-
-# Formats that are told by what the rows hold, too: other data has answers and labels as well.
-HOLDS = {
-    "swift": from_swift, "compared": from_compared, "scored": _scored, "unpaired": judged,
-}  # fmt: skip
+    if any(isinstance(row.get(name), str) for row in sample for name in others):
+        texts = [row for row in sample if row.get("chosen") and row.get("rejected")]
+        if sum(_readable(from_implicit, row) for row in texts) < 0.9 * len(texts):
+            return None
+    return "implicit"
 
 
 def _holds(name: str, columns: set[str], sample: list[dict]) -> bool:
@@ -421,14 +339,14 @@ def _holds(name: str, columns: set[str], sample: list[dict]) -> bool:
     if name == "swift" and columns & {"rejected_response", "rejected_messages"}:
         return True
     others = {"chosen", "output"} if name == "swift" else {"chosen", "rejected"}
-    return not columns & others and any(_takes(HOLDS[name], row) for row in sample)
+    return not columns & others and any(_readable(HOLDS[name], row) for row in sample)
 
 
-def _takes(read: Callable[[dict], Any], row: dict) -> bool:
+def _readable(read: Callable[[dict], Any], row: dict) -> bool:
     try:
         read(row)
-    except BadRow:
-        return False
+    except BadRow as error:
+        return error.kind == "equal"
     return True
 
 
@@ -439,7 +357,7 @@ def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:
     Raises:
         BadRow: the row lacks something, or holds something other than text.
     """
-    pair = from_scored(row, margin) if name == "scored" else FORMATS[name].convert(row)
+    pair = from_scored(row, margin) if name == "scored" else FORMATS[name].read(row)
     first = pair["prompt"][0] if pair["prompt"] else {}
     if first.get("role") == "system" and not first["content"].strip():
         pair["prompt"] = pair["prompt"][1:]  # the template would spend tokens on saying nothing
@@ -451,10 +369,8 @@ def to_pair(row: dict, name: str, margin: float = 0.0) -> dict[str, Messages]:
 
 def further_columns(row: dict, name: str) -> dict[str, Any]:
     """The columns of `row` that the format `name` does not read, such that TRL's trainer takes
-    them: it reads `tools` and `chat_template_kwargs`, takes `image` or `images`, even empty ones,
-    for the sign of a vision dataset, `prompt_ids` and its like for its own tokens, and
-    `ref_chosen_logps` and `ref_rejected_logps` for what its own reference gave, which those in a
-    file are not.
+    them. It takes even an empty `images` for the sign of a vision dataset, and `prompt_ids` or
+    `ref_chosen_logps` for what its own tokenizer and reference gave.
 
     Raises:
         BadRow: the row has images, or its `tools` or `chat_template_kwargs` cannot be used.
@@ -467,28 +383,20 @@ def further_columns(row: dict, name: str) -> dict[str, Any]:
     if "tools" in kept:
         kept["tools"] = _tools(kept["tools"])
     if "chat_template_kwargs" in kept:
-        options = kept["chat_template_kwargs"]
-        if not isinstance(options or {}, dict):
+        kept["chat_template_kwargs"] = kept["chat_template_kwargs"] or {}
+        if not isinstance(kept["chat_template_kwargs"], dict):
             raise BadRow("type", "chat_template_kwargs is not an object of options")
-        kept["chat_template_kwargs"] = options or {}
     return kept
 
 
 def _tools(tools: Any) -> str | None:
     """Tools as JSON, the form in which schemas of any shape fit into one column; none as None."""
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise BadRow("type", f"tools is text that is not JSON: {error}") from None
-    if not tools or (isinstance(tools, str) and not tools.strip()):
-        return None
-    if not (isinstance(tools, list) and all(map(_is_tool, tools))):
-        raise BadRow("type", "tools is not a list of JSON schemas")
-    return json.dumps(tools, ensure_ascii=False)
-
-
-def _is_tool(tool: Any) -> bool:
-    """Whether `tool` is a JSON schema, alone or as `{"type": "function", "function": ...}`."""
-    function = isinstance(tool, dict) and (tool.get("function") or tool)
-    return isinstance(function, dict) and isinstance(function.get("name") or "", str)
+    try:
+        if isinstance(tools, str):
+            tools = json.loads(tools.strip() or "null")
+        functions = [tool.get("function") or tool for tool in tools or ()]
+        if all(isinstance(function.get("name") or "", str) for function in functions):
+            return json.dumps(tools, ensure_ascii=False) if functions else None
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise BadRow("type", "tools is not a list of JSON schemas")

@@ -214,8 +214,7 @@ class Endpoint:
     def probe(self) -> None:
         """Raise a `JudgeError` within 15 seconds if nothing answers at the address.
 
-        Any answer will do, as not every server lists its models. It costs no sampling to be told
-        so at the beginning.
+        Any answer will do, as not every server lists its models.
         """
         models = self.url.removesuffix("/chat/completions") + "/models"
         try:
@@ -249,14 +248,11 @@ class Endpoint:
         body = {"model": self.model, "temperature": 0, "max_tokens": 512}
         body["messages"] = [{"role": "user", "content": asked}]
         for _ in range(3):
-            verdicts = re.findall(r'"winner"\s*:\s*"(A|B|tie)"', self._reply(body))
-            if verdicts:
+            answer = self.ask(body)
+            said = str(answer["message"]["content"]) if answer else ""
+            if verdicts := re.findall(r'"winner"\s*:\s*"(A|B|tie)"', said):
                 return verdicts[-1]
         return "unclear"
-
-    def _reply(self, body: dict) -> str:
-        answer = self.ask(body)
-        return str(answer["message"]["content"]) if answer else ""  # as good as no verdict
 
     def ask(self, body: dict) -> dict | None:
         """The first choice of the chat completion `body`, with its `message`.

@@ -42,11 +42,6 @@ def text_of(value: Any, what: str) -> str:
     return value
 
 
-def _name(value: Any) -> str:
-    """What a value is called in a finding."""
-    return "null" if value is None else type(value).__name__
-
-
 def as_messages(value: Any, role: str, what: str) -> Messages:
     """`value` as messages: text becomes one message of `role`, one message a list of it."""
     if isinstance(value, dict):
@@ -56,48 +51,50 @@ def as_messages(value: Any, role: str, what: str) -> Messages:
     messages = []
     for message in value:
         if not isinstance(message, dict):
-            raise BadRow("type", f"{what} has {_name(message)} among its messages")
+            raise BadRow("type", f"{what} has {message!r:.40} among its messages")
         speaker = message.get("role", message.get("from"))
         if not isinstance(speaker, str):
             raise BadRow("roles", f"{what} has a message without a role")
         speaker = speaker.strip().lower()
         content = message.get("content", message.get("value"))
         kept = {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
-        if calls := content if speaker == "function_call" else _calls_of(message):
-            kept["tool_calls"] = _tool_calls(calls, what)
-            content = "" if speaker == "function_call" else content or ""
+        calls = message.get("tool_calls") or message.get("function_call")  # OpenAI's older files
+        if speaker == "function_call":  # ShareGPT
+            calls, content = content, ""
+        if calls:
+            kept["tool_calls"], content = _tool_calls(calls, what), content or ""
         content = text_of(content, f"{what}'s content")
         messages.append({"role": ROLES.get(speaker, speaker), "content": content} | kept)
     return messages
 
 
-def _calls_of(message: dict) -> Any:
-    """The tool calls of a message, also the single one that OpenAI's older files have."""
-    return message.get("tool_calls") or message.get("function_call")
-
-
 def _tool_calls(calls: Any, what: str) -> list[dict]:
-    """The tool calls of a message as chat templates read them: `{"type", "function": {"name",
-    "arguments"}}`, the arguments as an object. JSON text and a call without its wrapping do."""
-    wrong = BadRow("type", f"{what} has tool calls that are no list of name and arguments")
+    """Tool calls as chat templates read them: `{"type", "function": {"name", "arguments"}}`, the
+    arguments as an object. JSON text and a call without its wrapping do."""
     try:
         calls = json.loads(calls) if isinstance(calls, str) else calls
         made = []
         for call in calls if isinstance(calls, list) else [calls]:
-            function = dict(call.get("function") or call)
-            if isinstance(function.get("arguments"), str):
-                function["arguments"] = json.loads(function["arguments"] or "{}")
-            if not isinstance(function.get("name"), str):
-                raise wrong
-            about = {"name": function["name"], "arguments": function.get("arguments") or {}}
-            made.append({k: call[k] for k in ("id",) if call.get(k)} | {"type": "function",
-                         "function": about})  # fmt: skip
-    except (ValueError, TypeError, AttributeError):
-        raise wrong from None
+            function = call.get("function") or call
+            name, arguments = function["name"], function.get("arguments") or {}
+            if not isinstance(name, str):
+                raise TypeError
+            about = {"name": name}
+            about["arguments"] = json.loads(arguments) if isinstance(arguments, str) else arguments
+            identity = {"id": call["id"]} if call.get("id") else {}
+            made.append(identity | {"type": "function", "function": about})
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise BadRow(
+            "type", f"{what}: its tool calls are not a list of names and arguments"
+        ) from None
     return made
 
 
 def as_pair(prompt: Messages, chosen: Messages, rejected: Messages) -> dict[str, Messages]:
+    """A pair. The answers may be whole conversations, and the prompt may end with the chosen."""
+    if all(len(a) > 1 and a[0]["role"] in ("system", "user") for a in (chosen, rejected)):
+        return split_talks(chosen, rejected)
+    prompt = prompt[:-1] if prompt[-1:] == chosen[-1:] else prompt
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -108,18 +105,19 @@ def split_talks(chosen: Messages, rejected: Messages) -> dict[str, Messages]:
     pair = extract_prompt({"chosen": chosen, "rejected": rejected})
     if not pair["prompt"]:
         raise BadRow("roles", "chosen and rejected are conversations that begin differently")
-    return as_pair(pair["prompt"], pair["chosen"], pair["rejected"])
+    return {side: pair[side] for side in ("prompt", "chosen", "rejected")}
 
 
 def first_of(row: dict, names: str) -> tuple[str, Any]:
-    """The first of the columns `names` that is not null, with its value."""
-    found = [name for name in names.split("|") if row.get(name) is not None]
-    if not found:
-        raise BadRow("missing", f"{names.replace('|', ' or ')} is missing or null")
-    return found[0], row[found[0]]
+    """The first of the columns `names` (parted by `|`) that is not null, with its value."""
+    for name in names.split("|"):
+        if row.get(name) is not None:
+            return name, row[name]
+    raise BadRow("missing", f"{names.replace('|', ' or ')} is missing or null")
 
 
 def number_in(value: Any, what: str) -> float:
+    """`value` as a finite number; anything else is a `BadRow`."""
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -138,28 +136,20 @@ def by_turns(pairs: list, what: str) -> Messages:
     ]
 
 
-def _history(earlier: Any) -> Messages:
-    """Earlier turns: pairs of question and answer, or messages."""
-    if isinstance(earlier, list) and all(isinstance(turn, dict) for turn in earlier):
-        return as_messages(earlier, "user", "history") if earlier else []
-    if not isinstance(earlier, list) or not all(
-        isinstance(turn, list | tuple) and len(turn) == 2 for turn in earlier
-    ):
-        raise BadRow("type", "history is not a list of pairs, question and answer, or of messages")
-    return by_turns(earlier, "history")
-
-
-def question_in(row: dict, text: Any) -> Messages:
-    """Alpaca's prompt: earlier turns in `history`, and `text` with an `input` under it."""
-    question = text_of(text, "instruction")
+def asked_in(row: dict, names: str = PROMPTS) -> Messages:
+    """The prompt in one of the columns `names`. To a text belong the `input`, which goes below it,
+    and the `history`: earlier turns, as pairs of question and answer or as messages."""
+    name, value = first_of(row, names)
+    if not isinstance(value, str):
+        return as_messages(value, "user", name)
     if row.get("input"):
-        question = f"{question}\n\n{text_of(row['input'], 'input')}"
-    return [*_history(row.get("history") or []), {"role": "user", "content": question}]
-
-
-def asked_in(row: dict) -> Messages:
-    """The prompt of a row, whatever its column is called, with `input` and `history`."""
-    name, value = first_of(row, PROMPTS)
-    if isinstance(value, str):
-        return question_in(row, value)
-    return as_messages(value, "user", name)
+        value = f"{value}\n\n{text_of(row['input'], 'input')}"
+    earlier = row.get("history") or []
+    try:
+        if earlier and isinstance(earlier[0], dict):
+            earlier = as_messages(earlier, "user", "history")
+        else:
+            earlier = by_turns(earlier, "history")
+    except (TypeError, ValueError, KeyError):
+        raise BadRow("type", "history is not a list of messages or of pairs of texts") from None
+    return [*earlier, {"role": "user", "content": value}]

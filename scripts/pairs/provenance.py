@@ -29,8 +29,7 @@ def weights_state(path: str, revision: str = "main") -> str:
     """What tells one state of a model from another: of a model on the hub, its commit; of a folder,
     a digest of its files.
 
-    They are read whole, at 0.7 GB/s on one core: training may change any part of a file and
-    leave its size, and a time would change when a folder is copied.
+    They are read whole: training may leave a file's size, and a copy changes its time.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -88,15 +87,14 @@ def read_jsonl(path: Path, *fields: str) -> list[dict]:
             if not text.endswith(b"\n"):
                 break
             try:
-                row = json.loads(text)
-                fields_there = set(fields) <= set(row)
+                rows.append(json.loads(text))
+                damaged = not set(fields) <= set(rows[-1])
             except (ValueError, TypeError):
-                fields_there = False
-            if not fields_there:
+                damaged = True
+            if damaged:
                 raise RecipeError(
                     f"{path}:{number} is damaged; delete that line, and what it held is made again"
                 )
-            rows.append(row)
     return rows
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 
 import numpy as np
 import pandas as pd
 
-from scripts.pairs.checks import KINDS, Report
+from scripts.pairs.checks import KINDS, SIDES, Finding, Report
 
 # A rule that looks at nothing but length should not do much better than a coin.
 MOSTLY_LENGTH = 0.7
@@ -45,31 +44,37 @@ def length_bias(lengths: np.ndarray) -> dict[str, float]:
 
 def by_kind(report: Report) -> pd.DataFrame:
     """The findings by kind: whether they are bad, in how many rows, which first, how to fix it."""
-    groups = defaultdict(dict)
-    for finding in report.findings:
-        groups[finding.kind].setdefault((finding.split, finding.where))
+    found = pd.DataFrame(report.findings, columns=Finding._fields)
+    found = found.drop_duplicates(["kind", "split", "where"])
     rows = [
         {
             "kind": kind,
-            "level": "bad" if KINDS[kind].bad else "remark",
-            "what": KINDS[kind].what,
-            "rows": len(groups[kind]),
-            "first at": ", ".join(where for _, where in list(groups[kind])[:3]),
-            "fix": KINDS[kind].fix,
+            "level": "bad" if about.bad else "remark",
+            "what": about.what,
+            "rows": len(where),
+            "first at": ", ".join(where.head(3)),
+            "fix": about.fix,
         }
-        for kind in KINDS
-        if kind in groups
+        for kind, about in KINDS.items()
+        if len(where := found["where"][found["kind"] == kind])
     ]
     return pd.DataFrame(rows, columns=["kind", "level", "what", "rows", "first at", "fix"])
 
 
-def lost(report: Report, split: str) -> pd.DataFrame:
+def length_table(lengths: np.ndarray | pd.DataFrame) -> pd.DataFrame:
+    """Median, 95th percentile and maximum of (pairs, 3) tokens of prompt, chosen and rejected."""
+    table = pd.DataFrame(np.asarray(lengths), columns=SIDES).quantile([0.5, 0.95, 1.0]).T
+    table = table.round().astype(int).set_axis(["median", "p95", "max"], axis=1)
+    return table.rename_axis("tokens of")
+
+
+def _lost(report: Report, split: str) -> pd.DataFrame:
     """How many chosen and rejected answers of a split are cut at `max_length`, and the share of
     tokens that is lost."""
     prompt, *answers = report.lengths[split].T
     rows = {}
     for side, tokens in zip(("chosen", "rejected"), answers, strict=True):
-        over = np.clip(prompt + tokens - (report.max_length or np.inf), 0, None)
+        over = np.clip(prompt + tokens - report.max_length, 0, None)
         rows[side] = {
             "rows cut": int((over > 0).sum()),
             "share": f"{(over > 0).mean():.1%}",
@@ -88,16 +93,11 @@ def report_text(report: Report) -> str:
         )
         if len(lengths) == 0:
             continue
-        table = pd.DataFrame(
-            np.percentile(lengths, [50, 95, 100], axis=0).T.round().astype(int),
-            index=pd.Index(["prompt", "chosen", "rejected"], name="tokens of"),
-            columns=["p50", "p95", "max"],
-        )
-        parts.append(table.to_string())
+        parts.append(length_table(lengths).rename(columns={"median": "p50"}).to_string())
         if report.max_length:
             parts.append(f"cut at max_length {report.max_length} ({report.truncation}):")
-            parts.append(lost(report, split).to_string())
-        parts.append(bias_text(lengths))
+            parts.append(_lost(report, split).to_string())
+        parts.append(_bias_text(lengths))
         if split == "test":
             parts.append(held_out_text(report.prompts[split]))
         parts.append("")
@@ -109,7 +109,7 @@ def report_text(report: Report) -> str:
     return "\n".join(parts)
 
 
-def bias_text(lengths: np.ndarray) -> str:
+def _bias_text(lengths: np.ndarray) -> str:
     """`length_bias` in words, with a warning from `MOSTLY_LENGTH` on if there are enough pairs."""
     bias = length_bias(lengths)
     rule = "longer" if bias["chosen_longer"] > bias["chosen_shorter"] else "shorter"

@@ -37,8 +37,9 @@ class Source:
     seed: int = 0
 
 
-def read_source(source: Source) -> tuple[list[Row], list[Row] | None]:
-    """All rows of the training split and of the test split (None: there is none).
+def read_source(source: Source) -> dict[str, list[Row]]:
+    """All rows of the split to train on, as `train`, and of the one to hold out, as `test`, if
+    there is one.
 
     A folder's data card may name its splits. A single file is the training split. What is on this
     machine, or looks like a path, is never looked for on the hub. Without a `test` split, a
@@ -57,23 +58,27 @@ def read_source(source: Source) -> tuple[list[Row], list[Row] | None]:
     try:
         if is_url(name):
             splits = {source.train: _read_url(name)}
+        elif local:
+            splits = _read_local(local, source)
         else:
-            splits = _read_local(local, source) if local else _read_hub(source)
+            data = load_dataset(name, source.config, revision=source.revision)
+            splits = _by_split(data, source.train)
     except RecipeError:
         raise
     except Exception as error:  # each of the many loaders raises errors of its own
-        if "available configs: " in str(error):
-            there = str(error).partition("available configs: ")[2].splitlines()[0]
+        _, several, there = str(error).partition("available configs: ")
+        if several:
             raise DataError(
-                f"{name} has several configs; set dataset_config to one of {there}"
+                f"{name} has several configs; set dataset_config to one of {there.splitlines()[0]}"
             ) from None
         raise DataError(f"cannot load dataset {name!r}: {one_line(error)}") from error
     test = _held_out_split(list(splits), source)
-    return splits[source.train], splits.get(test)
+    return {"train": splits[source.train]} | ({"test": splits[test]} if test else {})
 
 
-def _held_out_split(splits: list[str], source: Source) -> str:
-    """The split to hold out, of those that the data has; `validation` stands in for `test`.
+def _held_out_split(splits: list[str], source: Source) -> str | None:
+    """The split to hold out, of those that the data has, or None; `validation` stands in for
+    `test`.
 
     Raises:
         InputError: the data has no such training split, or not the test split asked for.
@@ -92,8 +97,8 @@ def _held_out_split(splits: list[str], source: Source) -> str:
         if others:
             print(f"Splits that are not used: {', '.join(others)} (dataset_train_split names one).")
         return source.test
-    test = next((s for s in others if s in VALIDATION), source.test)
-    if test != source.test:
+    test = next((s for s in others if s in VALIDATION), None)
+    if test:
         print(f"The split {test!r} is held out, as there is no 'test'.")
     return test
 
@@ -131,23 +136,20 @@ def _read_url(url: str) -> list[Row]:
 
 
 def _read_local(path: Path, source: Source) -> dict[str, list[Row]]:
-    if path.is_dir() and any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
+    if path.is_file():
+        return {source.train: list(read_file(path))}
+    if any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
         return _by_split(load_from_disk(str(path)), source.train)  # of `save_to_disk`
-    files = {source.train: [path]} if path.is_file() else _files(path, source)
-    return {split: list(_rows_of(some, path)) for split, some in files.items()}
+    return {split: list(_rows_of(files, path)) for split, files in _files(path, source).items()}
 
 
 def _rows_of(files: list[Path], folder: Path) -> Iterator[Row]:
     """The rows of `files`; two of one name in different folders are told apart by their places."""
+    top = folder.resolve()
     for file in files:
-        inside = file != folder and file.resolve().is_relative_to(folder.resolve())
-        name = str(file.resolve().relative_to(folder.resolve())) if inside else file.name
+        inside = file.resolve().is_relative_to(top)
+        name = str(file.resolve().relative_to(top)) if inside else file.name
         yield from read_file(file, name)
-
-
-def _read_hub(source: Source) -> dict[str, list[Row]]:
-    data = load_dataset(source.name, source.config, revision=source.revision)
-    return _by_split(data, source.train)
 
 
 def _by_split(data: Dataset | DatasetDict, train: str) -> dict[str, list[Row]]:

@@ -33,7 +33,7 @@ def tokenize_pairs(
     options = [template_options(pair) for pair in pairs]
     prompts = tokenize_prompts([pair["prompt"] for pair in pairs], tokenizer, options)
     wholes = [
-        _template([pair["prompt"] + pair[side] for pair in pairs], tokenizer, options)
+        tokenize_conversations([pair["prompt"] + pair[side] for pair in pairs], tokenizer, options)
         for side in ("chosen", "rejected")
     ]
     rows = []
@@ -53,14 +53,7 @@ def tokenize_prompts(
 
     `options` are the `template_options` of each prompt's row; without them, none has any.
     """
-    return _template(prompts, tokenizer, options, add_generation_prompt=True)
-
-
-def tokenize_conversations(
-    conversations: list[list[dict]], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    """The tokens of whole conversations (lists of messages) that end with an answer."""
-    return _template(conversations, tokenizer)
+    return tokenize_conversations(prompts, tokenizer, options, add_generation_prompt=True)
 
 
 def template_options(row: dict) -> dict:
@@ -70,14 +63,14 @@ def template_options(row: dict) -> dict:
     return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
 
 
-def _template(
+def tokenize_conversations(
     conversations: list[list[dict]],
     tokenizer: PreTrainedTokenizerBase,
     options: list[dict] | None = None,
     **common,
 ) -> list[list[int]]:
-    """Tokens of each conversation; neighbours with the same options go to the tokenizer at once,
-    which is several times as fast as one by one, and gives the same."""
+    """The tokens of conversations (lists of messages), each with its `template_options`. Neighbours
+    with the same options go to the tokenizer at once, which is several times as fast."""
     rows = []
     numbered = enumerate(options or [{}] * len(conversations))
     for shared, group in groupby(numbered, key=lambda pair: pair[1]):
