@@ -111,7 +111,7 @@ def test_a_file_that_holds_no_questions_is_named(tmp_path):
     with pytest.raises(RecipeError, match="cannot be read"):
         read_questions(path, "test")
     path.write_text(json.dumps({"split": "test", "id": "a", "passage": "x"}) + "\n")
-    with pytest.raises(RecipeError, match=r"line 1 of .*\(KeyError: 'questions'\)"):
+    with pytest.raises(RecipeError, match=r"q.jsonl:1 is no.*\(KeyError: 'questions'\)"):
         read_questions(path, "test")
     path.write_text(json.dumps({"split": "train"}) + "\n")
     with pytest.raises(RecipeError, match="no passages of the split `test`"):

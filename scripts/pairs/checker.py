@@ -15,7 +15,7 @@ class Checker:
     Chosen is an answer that the checker calls exact (right, nothing wrong or made up beside it), in
     one finished sentence of at most 30 tokens that repeats nothing; among these the one whose words
     the text bears out best, then the shortest. A rejected answer fails for one reason at a time,
-    and each kind makes at most one pair (`wrong` at most `wrongs`):
+    and each kind makes at most one pair (`wrong` at most two):
 
     - `wrong`: finished, of much the same length (half to twice), and not right; the most plausible
       first. Length tells nothing here.
@@ -29,14 +29,11 @@ class Checker:
 
     name, workers = "checker", 1
 
-    def __init__(self, wrongs: int = 2) -> None:
-        self.wrongs = wrongs
-
     @property
     def settings(self) -> dict:
         """The judge is its code and the checker's: after any change of it, all is judged anew."""
         code = inspect.getsource(Checker) + inspect.getsource(grounded)
-        return {"judge": self.name, "wrongs": self.wrongs, "code": code}
+        return {"judge": self.name, "code": code}
 
     def __call__(self, prompt: dict, answers: list[dict]) -> list[Preference]:
         seen = [
@@ -82,7 +79,7 @@ class Checker:
         beside.sort(key=lambda a: -a["tokens"])
         rambling = [a for a in plain if a["tokens"] >= 1.5 * size][:1]
         return [
-            *(("wrong", a) for a in wrong[: self.wrongs]),
+            *(("wrong", a) for a in wrong[:2]),
             *(("declined", a) for a in declined[:1]),
             *(("beside", a) for a in beside[:1]),
             *(("rambling", a) for a in rambling),

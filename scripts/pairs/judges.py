@@ -89,17 +89,17 @@ class Rule:
         ]
         pairs = []
         if wordy:
-            rejected = max(wordy, key=lambda a: a["tokens"])
-            pairs.append(self._preference("concise", chosen, rejected))
+            pairs.append(("concise", max(wordy, key=lambda a: a["tokens"])))
         if empty:
             nearest = min(empty, key=lambda a: (a["recall"], abs(a["tokens"] - size)))
-            pairs.append(self._preference("content", chosen, nearest))
-        return pairs
-
-    @staticmethod
-    def _preference(kind: str, chosen: dict, rejected: dict) -> Preference:
-        recall = {"chosen_recall": chosen["recall"], "rejected_recall": rejected["recall"]}
-        return Preference(kind, chosen, rejected, recall)
+            pairs.append(("content", nearest))
+        return [
+            Preference(
+                kind, chosen, rejected,
+                {"chosen_recall": best, "rejected_recall": rejected["recall"]},
+            )
+            for kind, rejected in pairs
+        ]  # fmt: skip
 
 
 class RewardModel:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from scripts.base import RecipeError
+from scripts.pairs.files import read_file
 from scripts.pairs.messages import Messages
 
 KEYS = ("question", "answerable", "accept", "wrong")
@@ -21,20 +21,16 @@ def read_questions(path: Path, split: str, level: str | None = None) -> list[dic
         RecipeError: the file is not there, a line is not such a passage, or nothing is left.
     """
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"questions: {path} cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
+    for where, passage, problem in read_file(path):
         try:
-            passage = json.loads(line)
-            if passage["split"] != split or level not in (None, passage.get("level")):
-                continue
-            rows += questions_of(passage)
+            if passage is None:
+                raise ValueError(problem)
+            if passage["split"] == split and level in (None, passage.get("level")):
+                rows += questions_of(passage)
         except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(
-                f"questions: line {number} of {path} is no passage with questions "
-                f"({type(error).__name__}: {error}); data/README.md has the form"
+                f"questions: {where} is no passage with questions ({type(error).__name__}: {error})"
+                "; data/README.md has the form"
             ) from None
     if not rows:
         kind = f"{level} passages" if level else "passages"
