@@ -210,7 +210,7 @@ def test_the_command_makes_a_folder_that_loads_and_a_second_call_changes_nothing
     assert {"train.jsonl", "test.jsonl", ".build/samples.jsonl", ".build/judged.jsonl"} < set(made)
     assert command() == []
     assert made == files(tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"begun with other settings \(seed was 0, is 1\)"):
+    with pytest.raises(RecipeError, match=r"started with other settings \(seed was 0, is 1\)"):
         command(None, "--seed", "1")
 
 
@@ -273,13 +273,13 @@ def test_another_model_is_refused_also_one_trained_on_in_the_same_folder(
     model = shutil.copytree(babbler, tmp_path / "model")
     command(WHYS, model=model)
     made = files(tmp_path / "out")
-    with pytest.raises(RecipeError, match=r"model was '.*', is '.*'.*; take another --out"):
+    with pytest.raises(RecipeError, match=r"model was '.*', is '.*'.*; use another --out"):
         command(None, model=tiny_llama3)
     weights = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
     weights[name] = weights[name] + 0.1 * torch.ones_like(weights[name])
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match=r"\(weights was '.*', is '.*'\); take another --out"):
+    with pytest.raises(RecipeError, match=r"\(weights was '.*', is '.*'\); use another --out"):
         command(None, model=model)
     assert files(tmp_path / "out") == made
 

@@ -105,7 +105,7 @@ def test_cells_of_a_csv_stay_text_and_an_empty_json_cell_is_null(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.xlsx", b"PK\x03\x04", r"a.xlsx is none of .*save a spreadsheet as CSV"),
+        ("a.xlsx", b"PK\x03\x04", r"a.xlsx is not one of .*save a spreadsheet as CSV"),
         ("a.zip", b"PK\x03\x04", "unpack an archive"),
         ("cut.jsonl.gz", gzip.compress(LINE * 99, mtime=0)[:-20], "damaged or cannot be read"),
         ("a.parquet", b"PAR1 not at all", "damaged or cannot be read"),
@@ -129,7 +129,7 @@ def test_what_has_the_form_of_a_path_never_becomes_a_hub_name(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "org" / "name", b"a file without a suffix")
     for name in ("org/name", "pairs.gz", "no.jsonl", "./no", "~nobody/no", "/no/such", "C:\\no"):
-        with pytest.raises(DataError, match=r"there is no file or folder|is none of"):
+        with pytest.raises(DataError, match=r"there is no file or folder|is not one of"):
             read(name)
     assert local_path("org/name") is not None
     assert not looks_like_a_path("Intel/orca_dpo_pairs") and not looks_like_a_path("imdb")
@@ -157,7 +157,7 @@ def test_a_validation_split_is_held_out_and_said(name, tmp_path, capsys):
     assert "is held out, as there is no 'test'" in capsys.readouterr().out
     put(tmp_path / "eval.jsonl", LINE)
     assert len(read(tmp_path)["test"]) == 1  # one by that name comes first
-    assert "Splits that are not used: validation" in capsys.readouterr().out
+    assert "Splits not used: validation" in capsys.readouterr().out
 
 
 def test_files_without_a_split_in_their_names_are_for_training(tmp_path, capsys):
@@ -194,7 +194,7 @@ def test_a_download_that_fails_is_one_line(answer, told, loopback):
 def test_addresses_that_cannot_be_a_file_are_refused_before_they_are_asked():
     with pytest.raises(DataError, match="a page of the hub; set dataset_name=org/name"):
         read("https://huggingface.co/datasets/org/name/tree/main")
-    with pytest.raises(DataError, match="is none of"):
+    with pytest.raises(DataError, match="is not one of"):
         read("http://127.0.0.1:9/download?id=7")
     with pytest.raises(DataError, match="dataset_name is not set"):
         read("")

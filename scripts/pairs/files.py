@@ -43,7 +43,7 @@ def require_known(name: str) -> None:
     """Raise a `DataError` unless `name` ends like a file that is read."""
     if kind_of(name) not in READ:
         raise DataError(
-            f"{name} is none of {', '.join(READ)}; save a spreadsheet as CSV, unpack an archive"
+            f"{name} is not one of {', '.join(READ)}; save a spreadsheet as CSV, unpack an archive"
         )
 
 
@@ -160,10 +160,10 @@ def _table(name: str, raw: bytes, usual: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     # Strict: else a quote that is never closed takes in the rest of the file as one cell.
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    columns = reader.fieldnames or []
-    if twice := next((c for c in columns if c and columns.count(c) > 1), None):
-        raise DataError(f"{name} has two columns {twice!r}; rename or remove one")
     try:
+        columns = reader.fieldnames or []
+        if twice := next((c for c in columns if c and columns.count(c) > 1), None):
+            raise DataError(f"{name} has two columns {twice!r}; rename or remove one")
         for row in reader:
             where = f"{name}:{reader.line_num}"
             if any(more := row.pop(None, [])):
@@ -171,7 +171,8 @@ def _table(name: str, raw: bytes, usual: str) -> Iterator[Row]:
             else:
                 yield where, {column: _cell(cell) for column, cell in row.items()}, ""
     except csv.Error as error:
-        raise DataError(f"{name}:{reader.line_num} is not CSV: {error}") from None
+        where = f"{name}:{reader.line_num + 1}"  # after the last row that is whole
+        raise DataError(f"{where} is not CSV: {error}") from None
 
 
 def _cell(value: str | None) -> Any:

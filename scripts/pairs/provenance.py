@@ -47,7 +47,7 @@ def keep_settings(folder: Path, settings: dict) -> None:
     """Write the settings that the files in `folder` come from.
 
     Raises:
-        RecipeError: the folder was begun with other settings. Going on would throw its work away,
+        RecipeError: the folder was started with other settings. Going on would throw its work away,
             or mix the work of two models.
     """
     path = folder / "settings.json"
@@ -55,12 +55,12 @@ def keep_settings(folder: Path, settings: dict) -> None:
         try:
             before = dict(json.loads(path.read_text()))
         except (ValueError, TypeError):
-            raise RecipeError(f"{path} is damaged; delete it, or take another --out") from None
+            raise RecipeError(f"{path} is damaged; delete it, or use another --out") from None
         names = [name for name in settings if before.get(name) != settings[name]]
         if names:
             changes = (f"{n} was {before.get(n)!r}, is {settings[n]!r}" for n in names)
             raise RecipeError(
-                f"{folder.parent} was begun with other settings ({', '.join(changes)}); take "
+                f"{folder.parent} was started with other settings ({', '.join(changes)}); use "
                 "another --out"
             )
     folder.mkdir(parents=True, exist_ok=True)

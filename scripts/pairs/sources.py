@@ -95,7 +95,7 @@ def _held_out_split(splits: list[str], source: Source) -> str | None:
     others = [split for split in splits if split not in (source.train, source.test)]
     if source.test in splits:
         if others:
-            print(f"Splits that are not used: {', '.join(others)} (dataset_train_split names one).")
+            print(f"Splits not used: {', '.join(others)} (dataset_train_split chooses).")
         return source.test
     test = next((s for s in others if s in VALIDATION), None)
     if test:
