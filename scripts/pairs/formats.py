@@ -242,12 +242,12 @@ def _compared_prompt(row: dict) -> Messages:
 
 
 class Format(NamedTuple):
-    """A format by its columns, each the first that a row has of names parted by `|`: where the
-    prompt is (if not in the answers), the answers, what else it reads, and the function that reads
-    what is not one column each."""
+    """A format by its columns, each the first that a row has of names parted by `|`: the prompt (if
+    it is not in the answers), the answers, and what else is read; and the function that reads a row
+    that is not simply one column each."""
 
-    prompt: str
-    chosen: str
+    prompt: str = ""
+    chosen: str = ""
     rejected: str = ""
     further: str = ""
     convert: Callable[[dict], dict[str, Any]] | None = None
@@ -281,27 +281,37 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format("conversations", "chosen", "rejected"),
     "messages": Format("messages", "chosen", "rejected"),
     "responses": Format(
-        PROMPTS, "chosen_response|response_chosen", "rejected_response|response_rejected", TALK
+        PROMPTS,
+        chosen="chosen_response|response_chosen",
+        rejected="rejected_response|response_rejected",
+        further=TALK,
     ),
-    "llamafactory": Format("", "chosen_messages", "rejected_messages"),
+    "llamafactory": Format(chosen="chosen_messages", rejected="rejected_messages"),
     "swift": Format(
-        "messages|query", "", "rejected_response|rejected_messages|rejected",
-        f"response|{TALK}", from_swift,
+        "messages|query",
+        rejected="rejected_response|rejected_messages|rejected",
+        further=f"response|{TALK}",
+        convert=from_swift,
     ),
-    "openai": Format("input", "preferred_output", "non_preferred_output", "", from_openai),
+    "openai": Format("input", "preferred_output", "non_preferred_output", convert=from_openai),
     "stackexchange": Format("question", "response_j", "response_k"),
     "compared": Format(
-        FIRST, SECOND, BETTER,
-        f"winner_model_b|winner_tie|score_1|{PROMPTS}|context|{TALK}", from_compared,
+        FIRST,
+        SECOND,
+        BETTER,
+        further=f"winner_model_b|winner_tie|score_1|{PROMPTS}|context|{TALK}",
+        convert=from_compared,
     ),
     "scored": Format(
-        PROMPTS, "completions|answers|responses|candidates|outputs", "",
-        f"scores|rewards|ratings|{TALK}", from_scored,
+        PROMPTS,
+        chosen="completions|answers|responses|candidates|outputs",
+        further=f"scores|rewards|ratings|{TALK}",
+        convert=from_scored,
     ),
     "alpaca": Format("instruction", "chosen|output", "rejected|output", TALK, from_alpaca),
-    "hh": Format("", "chosen", "rejected", "", from_hh),
-    "implicit": Format("", "chosen", "rejected", "", from_implicit),
-}  # fmt: skip
+    "hh": Format(chosen="chosen", rejected="rejected", convert=from_hh),
+    "implicit": Format(chosen="chosen", rejected="rejected", convert=from_implicit),
+}
 
 # Formats that are told by what the rows hold, too: other data has answers and labels as well.
 HOLDS = {"swift": from_swift, "compared": from_compared, "scored": from_scored}
