@@ -6,17 +6,11 @@ in `model/`.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
-import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 
@@ -100,23 +94,42 @@ def require_adapter(cfg: Config) -> Path:
     return target
 
 
+def copy_config(path: Path, target: Path, base: str) -> None:
+    """Copy an adapter's, model's or tokenizer's config, with `base` in place of the folder that the
+    base model was loaded from."""
+    values = json.loads(path.read_bytes())
+    for key in ("_name_or_path", "name_or_path"):
+        values.pop(key, None)
+    if "base_model_name_or_path" in values:
+        values["base_model_name_or_path"] = base
+    target.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def load_adapter(model: PeftModel | PreTrainedModel, saved: Path) -> None:
     """Put what `save_adapter` wrote to `saved` into `model`, in place.
 
     Raises:
-        AdapterError: it was trained with another config: names, shapes, or an adapter setting
-            (such as `lora_alpha`, which scales the same weights otherwise) differ.
+        AdapterError: it was trained on another model, or an adapter setting differs: PEFT loads one
+            with fewer modules, or with the same weights scaled otherwise, without a word.
     """
-    if isinstance(model, PeftModel):
-        refuse_other_base(saved, model.get_base_model().config.name_or_path)
-        _refuse_other_settings(model, saved)
-        weights = load_peft_weights(str(saved), device="cpu")
-        _refuse_different(saved, _shapes(weights), _shapes(get_peft_model_state_dict(model)))
-        set_peft_model_state_dict(model, weights)
-    else:
-        weights = AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype).state_dict()
-        _refuse_different(saved, _shapes(weights), _shapes(model.state_dict()))
-        model.load_state_dict(weights)
+    if not isinstance(model, PeftModel):
+        trained = AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype)
+        model.load_state_dict(trained.state_dict())
+        return
+    refuse_other_base(saved, model.get_base_model().config.name_or_path)
+    theirs, ours = PeftConfig.from_pretrained(str(saved)), model.peft_config["default"]
+    different = []
+    for name in SETTINGS:
+        there, here = (getattr(config, name, None) for config in (theirs, ours))
+        if there != here:
+            there, here = (sorted(v) if isinstance(v, set) else v for v in (there, here))
+            different.append(f"{name} is {there} there and {here} here")
+    if different:
+        raise AdapterError(
+            f"{saved} does not fit this model: {'; '.join(different)}. Give the config that it was "
+            f"trained with: --config {saved.parent / 'config.yaml'}"
+        )
+    set_peft_model_state_dict(model, load_peft_weights(str(saved), device="cpu"))
 
 
 def refuse_other_base(saved: Path, base: str) -> None:
@@ -137,32 +150,4 @@ def refuse_other_base(saved: Path, base: str) -> None:
             f"{saved} was trained on another model ({theirs}) than {base}: with the same shapes it "
             "would load, and answer at random. Give the config that it was trained with: "
             f"--config {saved.parent / 'config.yaml'}"
-        )
-
-
-def _refuse_other_settings(model: PeftModel, saved: Path) -> None:
-    """Raise an `AdapterError` if an adapter's saved config is not that of `model`'s adapter."""
-    theirs, ours = PeftConfig.from_pretrained(str(saved)), model.peft_config["default"]
-    there, here = ({name: getattr(c, name, None) for name in SETTINGS} for c in (theirs, ours))
-    for values in (there, here):  # sets, which print in no order
-        values |= {name: sorted(v) for name, v in values.items() if isinstance(v, set)}
-    _refuse_different(saved, there, here)
-
-
-def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-
-
-def _refuse_different(saved: Path, there: dict, here: dict) -> None:
-    """Raise an `AdapterError` that names the first keys in which `there` is not `here`."""
-    different = [
-        f"{key} is {there.get(key, 'missing')} there and {here.get(key, 'missing')} here"
-        for key in dict.fromkeys([*there, *here])
-        if key not in there or key not in here or there[key] != here[key]
-    ]
-    if different:
-        more = f", and {len(different) - 3} more" * (len(different) > 3)
-        raise AdapterError(
-            f"{saved} does not fit this model: {'; '.join(different[:3])}{more}. Give the config "
-            f"that it was trained with: --config {saved.parent / 'config.yaml'}"
         )

@@ -16,12 +16,12 @@ if __name__ == "__main__":  # before the libraries load, so that --help is answe
     start("chat")
 
 import argparse
-import json
 import os
 import random
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,39 +31,35 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl.trainer.utils import use_adapter
 
 from scripts.adapter import refuse_other_base, require_adapter
-from scripts.base import RecipeError, one_line, write_whole
+from scripts.base import RecipeError, one_line
 from scripts.config import Config, config_from_args
-from scripts.hub import someone_is_there
 from scripts.model import load_model, load_tokenizer, resolve_model
 from scripts.pairs.generation import Reply, generate_replies
 from scripts.pairs.messages import Messages
-from scripts.pairs.provenance import digest, read_jsonl
+from scripts.pairs.provenance import digest, read_jsonl, write_rows
 from scripts.quiet import quiet
 
 if TYPE_CHECKING:
     import gradio
 
-GRADIO = "pip install -r requirements-chat.txt"
-LEFT, RIGHT, NEITHER = "left", "right", "neither"
-
 
 class ChatError(RecipeError):
-    """There is nothing to chat with, or no way to."""
+    """The page in the browser cannot be served."""
 
 
 @dataclass
 class Turn:
-    """A question with all that came before it, and both answers, the tuned one left or right."""
+    """A question with all that came before it, and both answers: A is the tuned one, or B."""
 
     prompt: Messages
     base: Reply
     tuned: Reply
-    tuned_left: bool
+    tuned_is_a: bool
 
     @property
-    def sides(self) -> tuple[Reply, Reply]:
-        """The answers as they are shown, left and right."""
-        return (self.tuned, self.base) if self.tuned_left else (self.base, self.tuned)
+    def answers(self) -> tuple[Reply, Reply]:
+        """A and B, as they are shown."""
+        return (self.tuned, self.base) if self.tuned_is_a else (self.base, self.tuned)
 
     @property
     def same(self) -> bool:
@@ -82,13 +78,7 @@ class Chat:
         self.path = cfg.run_dir / "choices.jsonl"
 
     def ask(self, messages: Messages, question: str) -> Turn:
-        """Have both models answer `question` after `messages`, greedy as in the evaluation.
-
-        Raises:
-            ChatError: nothing was asked.
-        """
-        if not question.strip():
-            raise ChatError("ask something first")
+        """Have both models answer `question` after `messages`, greedy as in the evaluation."""
         prompt = [*messages, {"role": "user", "content": question.strip()}]
         with use_adapter(self.tuned, None) if self.base is None else nullcontext():
             base = self._reply(self.base or self.tuned, prompt)
@@ -100,23 +90,22 @@ class Chat:
             model, self.tokenizer, [prompt], max_new_tokens=length, batch_size=1, label=None
         )[0]
 
-    def choose(self, turn: Turn, side: str) -> tuple[Messages, str]:
-        """Keep the choice `left` or `right`; `neither` takes the question back.
+    def choose(self, turn: Turn, letter: str) -> tuple[Messages, str]:
+        """Keep the choice `a` or `b`; an empty one takes the question back.
 
         Returns:
             The conversation, which goes on with the better answer, and what became of the choice.
-
-        Raises:
-            RecipeError: the file of choices is damaged.
         """
-        better = "tuned" if (side == LEFT) == turn.tuned_left else "base"
-        messages, kept = turn.prompt[:-1], ""
-        if side != NEITHER:
-            text = (turn.tuned if better == "tuned" else turn.base).text
-            messages = [*turn.prompt, {"role": "assistant", "content": text}]
-            kept = keep_choice(self.path, turn, better)
-        names = ("tuned", "base") if turn.tuned_left else ("base", "tuned")
-        return messages, f"A was the {names[0]} model, B the {names[1]} one. {kept}".strip()
+        better = "tuned" if (letter == "a") == turn.tuned_is_a else "base"
+        answer = turn.tuned if better == "tuned" else turn.base
+        messages = [*turn.prompt, {"role": "assistant", "content": answer.text}]
+        if turn.same:
+            return messages, "Both say the same."
+        names = ("tuned", "base") if turn.tuned_is_a else ("base", "tuned")
+        words = f"A was the {names[0]} model, B the {names[1]} one."
+        if not letter:
+            return turn.prompt[:-1], words
+        return messages, f"{words} {keep_choice(self.path, turn, better)}"
 
 
 def keep_choice(path: Path, turn: Turn, better: str) -> str:
@@ -135,7 +124,7 @@ def keep_choice(path: Path, turn: Turn, better: str) -> str:
     row["chosen_from"] = better
     earlier = read_jsonl(path, "key", "prompt", "chosen_from")
     rows = [old for old in earlier if old["key"] != row["key"]] + [row]
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(path, rows)
     chosen = [row["chosen_from"] for row in rows]
     return f"So far: tuned preferred {chosen.count('tuned')} times, base {chosen.count('base')}."
 
@@ -144,11 +133,9 @@ def load_chat(cfg: Config) -> Chat:
     """The run's model with its adapter; of a run without one, the base and the tuned model.
 
     Raises:
-        RecipeError: the run has not trained yet, its choices are damaged, or its model could not be
-            loaded.
+        RecipeError: the run has not trained yet, or its model could not be loaded.
     """
     trained = require_adapter(cfg)
-    read_jsonl(cfg.run_dir / "choices.jsonl", "key", "prompt", "chosen_from")
     path, where = resolve_model(cfg.model.model_name_or_path, cfg.model.model_revision)
     print(where)
     tokenizer = load_tokenizer(path, cfg.model.model_revision)
@@ -167,160 +154,24 @@ def _shown(reply: Reply) -> str:
     return (reply.text or "(nothing)") + ("" if reply.finished else " … (cut off)")
 
 
-# In a browser
-
-
-def web_page(chat: Chat, system: str = "") -> gradio.Blocks:
-    """The chat as a page of Gradio's: a question, two answers, three buttons."""
-    # Read as gradio is imported: nothing is reported to anyone.
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    import gradio as gr
-
-    verdicts = {LEFT: "A is better", RIGHT: "B is better", NEITHER: "Neither"}
-
-    def show(messages: Messages, turn: Turn | None, words: str, question=None) -> list:
-        """New values of `outputs`; while a turn waits for a choice, nothing can be asked."""
-        left, right = map(_shown, turn.sides) if turn else ("", "")
-        told = [m for m in messages if m["role"] != "system"]
-        earlier = "\n\n".join(f"{one['role']}: {one['content']}" for one in told)
-        waits = turn is not None and not turn.same
-        return [
-            messages, turn if waits else None, gr.update(value=earlier, visible=bool(told)),
-            left, right, words, gr.update() if question is None else question,
-            gr.update(interactive=not waits), *[gr.update(interactive=waits)] * len(verdicts),
-        ]  # fmt: skip
-
-    def ask(messages: Messages, system: str, question: str) -> list:
-        if not messages and system.strip():
-            messages = [{"role": "system", "content": system.strip()}]
-        try:
-            turn = chat.ask(messages, question)
-        except RecipeError as error:
-            return show(messages, None, str(error))
-        if not turn.same:
-            return show(messages, turn, "Which one is better?")
-        messages = [*turn.prompt, {"role": "assistant", "content": turn.base.text}]
-        return show(messages, turn, "Both say the same.", question="")
-
-    def choose(messages: Messages, turn: Turn, side: str) -> list:
-        try:
-            messages, words = chat.choose(turn, side)
-        except RecipeError as error:
-            return show(messages, turn, str(error))
-        return show(messages, None, words, question=None if side == NEITHER else "")
-
-    with gr.Blocks(title="Base and tuned", analytics_enabled=False) as page:
-        gr.Markdown(
-            "## Base and tuned, side by side\nYou learn which answer is whose after you choose. "
-            f"Choices go to `{chat.path}`; nothing leaves this machine."
-        )
-        messages, turn = gr.State([]), gr.State(None)
-        prompt = gr.Textbox(system, label="System prompt", lines=1, elem_id="system",
-                            info="Counts from the next new conversation.")  # fmt: skip
-        # Plain text: a Chatbot would fetch a picture that a model's answer names.
-        earlier = gr.Textbox(label="So far", lines=6, max_lines=12, interactive=False,
-                             visible=False, elem_id="earlier")  # fmt: skip
-        question = gr.Textbox(label="Your question", lines=2, max_lines=12, elem_id="question")
-        send = gr.Button("Ask both", variant="primary", elem_id="ask")
-        with gr.Row():
-            answers = [
-                gr.Textbox(label=label, lines=8, max_lines=24, interactive=False, elem_id=name)
-                for label, name in (("A", LEFT), ("B", RIGHT))
-            ]
-        with gr.Row():
-            buttons = [
-                gr.Button(text, interactive=False, elem_id=f"choose-{name}", min_width=120)
-                for name, text in verdicts.items()
-            ]
-        words = gr.Markdown(elem_id="said")
-        anew = gr.Button("New conversation", size="sm", elem_id="anew")
-        outputs = [messages, turn, earlier, *answers, words, question, send, *buttons]
-        # One at a time, whoever asks: an adapter is switched off and on.
-        one = {"concurrency_limit": 1, "concurrency_id": "chat", "api_visibility": "private"}
-        send.click(ask, [messages, prompt, question], outputs, **one)
-        for name, button in zip(verdicts, buttons, strict=True):
-            button.click(lambda m, t, side=name: choose(m, t, side), [messages, turn], outputs,
-                         **one)  # fmt: skip
-        anew.click(lambda: show([], None, "", question=""), None, outputs, **one)
-    return page
-
-
-def serve_page(chat: Chat, *, port: int | None = None, system: str = "") -> gradio.Blocks:
-    """Serve the page to this machine alone, without waiting; its address is `local_url`.
-
-    Raises:
-        ChatError: the port is taken, or a proxy keeps the page from answering.
-    """
-    page = web_page(chat, system)
-    import gradio as gr
-
-    # The system's own fonts: gradio fetches its default ones from Google.
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    try:
-        page.launch(
-            share=False, server_name="127.0.0.1", server_port=port, inbrowser=False, quiet=True,
-            prevent_thread_lock=True, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
-            mcp_server=False, enable_monitoring=False, theme=theme, height=820,
-        )  # fmt: skip
-    except OSError as error:
-        raise ChatError(f"no page can be served at port {port or 7860}: {error}") from None
-    except Exception as error:  # gradio asks its own page, and a proxy may stand between
-        page.close()
-        raise ChatError(
-            f"the page does not answer ({one_line(error, 150)}): with a proxy set, export "
-            "no_proxy=localhost,127.0.0.1"
-        ) from None
-    return page
-
-
-def open_chat(cfg: Config) -> gradio.Blocks | None:
-    """The page from a notebook's cell; `close()` of what is returned ends it.
-
-    A headless run, or one without gradio, gets one line that says what to do instead.
-    """
-    if not someone_is_there():
-        config = cfg.run_dir / "config.yaml"
-        print(f"Nobody is here to chat (headless): python -m scripts.chat --config {config}")
-    elif find_spec("gradio") is None:
-        print(f"The chat needs gradio: in a cell, %{GRADIO} (130 MB), then run this one again")
-    else:
-        page = serve_page(load_chat(cfg))
-        print(f"{page.local_url} (on this machine only); chat.close() ends it")
-        return page
-    return None
-
-
-# In the terminal
-
-HELP = (
-    "Ask something; then a or b for the better answer, Enter for neither.\n"
-    "/new begins another conversation, /quit ends."
-)
-LETTERS = {"a": LEFT, "A": LEFT, "b": RIGHT, "B": RIGHT, "": NEITHER}
-
-
-def converse(chat: Chat, system: str = "") -> None:
+def converse(chat: Chat, begin: Messages) -> None:
     """The chat in a terminal, from standard input until its end or /quit."""
-    print(HELP)
-    begin = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    print("Ask something; then a or b for the better answer, Enter for neither.")
+    print("/new begins another conversation, /quit ends.")
     messages = begin
     while (line := _asked("\n> ")) not in (None, "/quit"):
         if line == "/new":
             messages = begin
         elif line:
-            turn = chat.ask(messages, line)
-            if turn.same:
-                print(f"\nBoth: {_shown(turn.base)}")
-                messages = [*turn.prompt, {"role": "assistant", "content": turn.base.text}]
-                continue
-            for label, reply in zip("AB", turn.sides, strict=True):
-                print(f"\n{label}: {_shown(reply)}")
-            while (letter := _asked("\nbetter? [a/b/Enter] ")) not in (None, *LETTERS):
-                pass
-            if letter is None:
-                return
-            messages, words = chat.choose(turn, LETTERS[letter])
+            turn, letter = chat.ask(messages, line), ""
+            for name, reply in zip("AB", turn.answers, strict=True):
+                print(f"\n{name}: {_shown(reply)}")
+            if not turn.same:
+                while (letter := _asked("\nbetter? [a/b/Enter] ")) not in (None, *"aAbB", ""):
+                    pass
+                if letter is None:
+                    return
+            messages, words = chat.choose(turn, letter.lower())
             print(words)
 
 
@@ -331,18 +182,97 @@ def _asked(prompt: str) -> str | None:
         return None
 
 
+def serve_page(chat: Chat, begin: Messages, port: int | None = None) -> gradio.Blocks:
+    """Serve the chat as a page to this machine alone, without waiting; its address is `local_url`.
+
+    Raises:
+        ChatError: the port is taken, or a proxy keeps the page from answering.
+    """
+    # Read as gradio is imported: nothing is reported to anyone.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    import gradio as gr
+
+    def show(messages: Messages, turn: Turn | None, words: str) -> list:
+        """New values of `outputs`; while a turn waits for a choice, nothing can be asked."""
+        told = [m for m in (turn.prompt if turn else messages) if m["role"] != "system"]
+        earlier = "\n\n".join(f"{one['role']}: {one['content']}" for one in told)
+        a, b = map(_shown, turn.answers) if turn else ("", "")
+        buttons = [gr.update(interactive=turn is not None)] * 3
+        return [messages, turn, earlier, a, b, words, gr.update(interactive=not turn), *buttons]
+
+    def ask(messages: Messages, question: str) -> list:
+        if not question.strip():
+            return ["", *show(messages, None, "Ask something first.")]
+        turn = chat.ask(messages, question)
+        if turn.same:
+            return ["", *choose(turn, "a")]
+        return ["", *show(messages, turn, "Which one is better?")]
+
+    def choose(turn: Turn, letter: str) -> list:
+        messages, words = chat.choose(turn, letter)
+        return show(messages, None, words)
+
+    # Plain text everywhere: a Chatbot would fetch a picture that a model's answer names. The
+    # system's own fonts: gradio fetches its default ones from Google.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    with gr.Blocks(title="Base and tuned", analytics_enabled=False) as page:
+        gr.Markdown(
+            "## Base and tuned, side by side\nYou learn which answer is whose after you choose. "
+            f"Choices go to `{chat.path}`; nothing leaves this machine."
+        )
+        messages, turn = gr.State(begin), gr.State(None)
+        earlier = gr.Textbox(label="So far", lines=4, max_lines=12, interactive=False,
+                             elem_id="earlier")  # fmt: skip
+        question = gr.Textbox(label="Your question", lines=2, max_lines=12, elem_id="question")
+        send = gr.Button("Ask both", variant="primary", elem_id="ask")
+        with gr.Row():
+            answers = [
+                gr.Textbox(label=name, lines=8, max_lines=24, interactive=False, elem_id=name)
+                for name in "AB"
+            ]
+        with gr.Row():
+            choices = {"a": "A is better", "b": "B is better", "": "Neither"}
+            buttons = [
+                gr.Button(text, interactive=False, elem_id=f"choose-{letter}", min_width=120)
+                for letter, text in choices.items()
+            ]
+        words = gr.Markdown(elem_id="said")
+        anew = gr.Button("New conversation", size="sm", elem_id="anew")
+        outputs = [messages, turn, earlier, *answers, words, send, *buttons]
+        # One at a time, whoever asks: an adapter is switched off and on.
+        one = {"concurrency_limit": 1, "concurrency_id": "chat", "api_visibility": "private"}
+        send.click(ask, [messages, question], [question, *outputs], **one)
+        for letter, button in zip(choices, buttons, strict=True):
+            button.click(partial(choose, letter=letter), [turn], outputs, **one)
+        anew.click(lambda: show(begin, None, ""), None, outputs, **one)
+    try:
+        page.launch(
+            share=False, server_name="127.0.0.1", server_port=port, quiet=True, theme=theme,
+            prevent_thread_lock=True,
+        )  # fmt: skip
+    except Exception as error:  # gradio asks its own page, and a proxy may stand between
+        page.close()
+        raise ChatError(
+            f"the page cannot be served ({one_line(error, 150)}); if a proxy is set, export "
+            "no_proxy=localhost,127.0.0.1"
+        ) from None
+    return page
+
+
 def main(args: argparse.Namespace) -> None:
     cfg = config_from_args(args)
     quiet()
     if args.web and find_spec("gradio") is None:
-        raise ChatError(f"the chat in a browser needs gradio: {GRADIO} (about 130 MB)")
+        raise ChatError("--web needs gradio (130 MB): pip install -r requirements-chat.txt")
     chat = load_chat(cfg)
+    begin = [{"role": "system", "content": args.system.strip()}] if args.system else []
     if args.web:
-        page = serve_page(chat, port=args.port, system=args.system or "")
+        page = serve_page(chat, begin, args.port)
         print(f"{page.local_url} (on this machine only); Ctrl-C ends it", flush=True)
         page.block_thread()
     else:
-        converse(chat, args.system or "")
+        converse(chat, begin)
     if chat.path.is_file():
         print(f"\n{chat.path}: python -m scripts.data check --config {args.config} "
               f"--set dataset_name={chat.path}", file=sys.stderr)  # fmt: skip

@@ -35,8 +35,7 @@ from scripts.gguf import make_gguf, require_tools
 from scripts.model import free_memory, load_model, load_tokenizer, resolve_model
 from scripts.pairs.generation import generate_replies
 from scripts.plan_memory import require_room
-from scripts.probes import Probe, drawn, main_probe
-from scripts.progress import Progress
+from scripts.probes import Probe, main_probe
 from scripts.proof import (
     completion_logps,
     kept_replies,
@@ -126,44 +125,29 @@ def load_form(cfg: Config, base: str, form: Form) -> PreTrainedModel:
     return model.merge_and_unload(safe_merge=True) if form.merged else model
 
 
-@dataclass
-class PolicyScores:
-    """Log-probabilities of held-out answers, a tensor a row, as `completion_logps` gives them."""
-
-    policy: list[torch.Tensor]  # the model that was evaluated
-    reference: list[torch.Tensor]  # the same before training
-
-    @property
-    def effect(self) -> float:
-        """How far training moved a token's log-probability: mean of the absolute change, nats."""
-        return mean_gap(self.policy, self.reference)
-
-
-def evaluated_policy(cfg: Config, base: str, rows: list[dict]) -> PolicyScores:
-    """Score `rows` by what was evaluated: the adapter on weights as training had them.
+def evaluated_policy(
+    cfg: Config, base: str, rows: list[dict]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Score `rows` by what was evaluated, the adapter on weights as training had them, and by the
+    same before training; each as `completion_logps` gives it.
 
     A run without an adapter is scored in float32, and so is its base: two ways of 16-bit arithmetic
     differ by more than the rounding of the weights, which is what we want to see there.
     """
     trained = require_adapter(cfg)
     if not cfg.model.use_peft:
-        pair = (completion_logps(plain_model(cfg, p, "float32"), rows) for p in (trained, base))
-        return PolicyScores(*pair)
+        policy = completion_logps(plain_model(cfg, trained, "float32"), rows)
+        return policy, completion_logps(plain_model(cfg, base, "float32"), rows)
     refuse_other_base(trained, base)
     model = PeftModel.from_pretrained(load_model(cfg, base), trained).eval()
     policy = completion_logps(model, rows)
     with model.disable_adapter():
-        return PolicyScores(policy, completion_logps(model, rows))
+        return policy, completion_logps(model, rows)
 
 
-def prove_merge(
-    cfg: Config, base: str, rows: list[dict], policy: PolicyScores | None = None
-) -> dict[str, float]:
+def prove_merge(cfg: Config, base: str, rows: list[dict]) -> dict[str, float]:
     """Read back the merged model saved in `merged.unproved/`; if it says what the evaluated policy
-    says, rename it to `merged/`, else delete it.
-
-    `rows` are tokenised held-out pairs; `policy` are their scores by the evaluated policy, if they
-    are known already.
+    says, rename it to `merged/`, else delete it. `rows` are tokenised held-out pairs.
 
     Returns:
         Mean absolute differences per token, in nats: `effect` (policy against reference: what
@@ -178,12 +162,12 @@ def prove_merge(
     target, trial = cfg.run_dir / "merged", cfg.run_dir / UNPROVED
     if not trial.is_dir():
         raise MergeError(f"there is no {trial}; save the merged model there first")
-    policy = policy or evaluated_policy(cfg, base, rows)
+    policy, reference = evaluated_policy(cfg, base, rows)
     free_memory()
     form = shipped_form(cfg)
     # Without an adapter the policy is scored in float32: so is the merged model.
     model = plain_model(cfg, trial, form.dtype if cfg.model.use_peft else "float32")
-    error, effect = mean_gap(completion_logps(model, rows), policy.policy), policy.effect
+    error, effect = mean_gap(completion_logps(model, rows), policy), mean_gap(policy, reference)
     share = 0.5 if is_quantized(cfg) and form.weights == "original" else 0.1
     if not error <= max(share * effect, NF4_NOISE if is_quantized(cfg) else NOISE):
         shutil.rmtree(trial)
@@ -199,34 +183,24 @@ def prove_merge(
 
 
 def merge_adapter(
-    cfg: Config, base: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict],
-    policy: PolicyScores | None = None,
-) -> dict[str, float]:  # fmt: skip
+    cfg: Config, base: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+) -> dict[str, float]:
     """Merge the run's adapter, write the model, and prove it; see `prove_merge`."""
-    trial, bar = cfg.run_dir / UNPROVED, Progress(3, patience=3)
-
-    def tell(done: int, text: str) -> None:
-        bar.show(done, f"merging: {text}, {bar.seconds:.0f} s")
-
-    tell(0, "scoring the evaluated policy")
-    policy = policy or evaluated_policy(cfg, base, rows)
-    free_memory()
-    tell(1, "merging and writing")
+    trial = cfg.run_dir / UNPROVED
+    print("merging and writing ...", flush=True)
     shutil.rmtree(trial, ignore_errors=True)
     model = load_form(cfg, base, shipped_form(cfg))
     model.save_pretrained(trial)
     tokenizer.save_pretrained(trial)
     del model
     free_memory()
-    tell(2, "reading back and scoring the merged model")
-    report = prove_merge(cfg, base, rows, policy)
-    tell(3, "done")
-    return report
+    print("scoring the evaluated and the merged model ...", flush=True)
+    return prove_merge(cfg, base, rows)
 
 
 def prove(
     cfg: Config, base: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict], probe: Probe,
-    questions: int | None = None, forms: list[Form] | None = None,
+    questions: int | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Compare every form with the policy that was evaluated.
 
@@ -242,35 +216,36 @@ def prove(
     Raises:
         RecipeError: there are no kept replies of the policy to compare with.
     """
-    at = drawn(len(probe.prompts), questions, cfg.dpo.seed)
-    kept = [kept_replies(cfg, probe)[i] for i in at] if at else []
-    scores = evaluated_policy(cfg, base, rows)
-    policy = {"form": "the policy that was evaluated", "difference": 0.0, "of_training": 0.0}
-    if at:
-        lengths = map(len, tokenizer(kept, add_special_tokens=False)["input_ids"])
-        policy |= {"same": 1.0} | reply_measures(probe, at, kept, lengths)
-    lines = [policy]
-    for form in forms or [f for f in FORMS if f.weights == "original" or is_quantized(cfg)]:
+    kept = kept_replies(cfg, probe, questions)
+    policy, reference = evaluated_policy(cfg, base, rows)
+    effect = mean_gap(policy, reference)
+    line = {"form": "the policy that was evaluated", "difference": 0.0, "of_training": 0.0}
+    if texts := list(kept.values()):
+        lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
+        line |= reply_measures(probe, kept, texts, lengths)
+    lines = [line]
+    for form in FORMS:
+        if form.weights == "dequantized" and not is_quantized(cfg):
+            continue
         free_memory()
         model = load_form(cfg, base, form)
         if model.device.type == "cpu":  # which has no fast float16; the weights are rounded already
             model.float()
-        gap = mean_gap(completion_logps(model, rows), scores.policy)
-        line = {"form": form.name, "difference": gap, "of_training": gap / scores.effect}
-        if at:
+        gap = mean_gap(completion_logps(model, rows), policy)
+        line = {"form": form.name, "difference": gap, "of_training": gap / effect}
+        if kept:
             replies = generate_replies(
-                model, tokenizer, [probe.prompts[i] for i in at], label=form.name,
-                options=[probe.options[i] for i in at] if probe.options else None,
+                model, tokenizer, [probe.prompts[i] for i in kept], label=form.name,
+                options=[probe.options[i] for i in kept] if probe.options else None,
                 max_new_tokens=cfg.recipe.max_new_tokens,
                 batch_size=cfg.recipe.generation_batch_size,
             )  # fmt: skip
-            texts = [reply.text for reply in replies]
-            line["same"] = sum(a == b for a, b in zip(kept, texts, strict=True)) / len(at)
-            line |= reply_measures(probe, at, texts, (reply.length for reply in replies))
+            lengths = (reply.length for reply in replies)
+            line |= reply_measures(probe, kept, [reply.text for reply in replies], lengths)
         lines.append(line)
         del model
     frame = pd.DataFrame(lines)
-    frame.attrs["effect"] = scores.effect
+    frame.attrs["effect"] = effect
     return frame
 
 
@@ -306,9 +281,9 @@ def main(args: argparse.Namespace) -> None:
         effect = frame.attrs["effect"]
         print(f"this config ships: {shipped_form(cfg).name}")
     else:
-        policy = evaluated_policy(cfg, path, rows)
-        frame = make_gguf(cfg, tokenizer, rows, probe, args.types, policy.policy, args.questions)
-        effect = policy.effect
+        policy, reference = evaluated_policy(cfg, path, rows)
+        frame = make_gguf(cfg, tokenizer, rows, probe, args.types, policy, args.questions)
+        effect = mean_gap(policy, reference)
     frame.to_json(cfg.run_dir / f"{args.action}.json", orient="records", indent=2)
     print(f"training moved a token of {len(rows)} held-out answers by {effect:.4f} nats on average")
     print(proof_table(frame).to_string())

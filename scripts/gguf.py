@@ -26,7 +26,7 @@ from scripts.base import RecipeError
 from scripts.config import Config
 from scripts.model import free_memory
 from scripts.pairs.tokens import tokenize_prompts
-from scripts.probes import Probe, drawn
+from scripts.probes import Probe
 from scripts.proof import (
     completion_logps,
     kept_replies,
@@ -225,14 +225,14 @@ def make_gguf(
             its kind. The file is not kept then.
     """
     merged, folder = require_merged(cfg), cfg.run_dir / "gguf"
-    at = drawn(len(probe.prompts), questions, cfg.dpo.seed)
-    kept = [kept_replies(cfg, probe)[i] for i in at] if at else []
-    prompts = [probe.prompts[i] for i in at]
+    kept = kept_replies(cfg, probe, questions)
+    prompts = [probe.prompts[i] for i in kept]
     model = plain_model(cfg, merged, cfg.recipe.merge_dtype)
     wanted = completion_logps(model, rows)
     del model
     free_memory()
-    talks = conversations(tokenizer) | {f"prompt {i}": p for i, p in zip(at, prompts, strict=True)}
+    talks = conversations(tokenizer)
+    talks |= {f"prompt {i}": prompt for i, prompt in zip(kept, prompts, strict=True)}
     length = max(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in rows)
     longest = max(map(len, tokenize_prompts(list(talks.values()), tokenizer)))
     length = max(length, longest + cfg.recipe.max_new_tokens) + 8
@@ -258,11 +258,9 @@ def make_gguf(
                 )
             line = {"file": target.name, "MB": part.stat().st_size / 1024**2, "from_merged": gap}
             line["from_policy"] = mean_gap(scores, policy)
-            if at:
-                replies = answers(llama, prompts, cfg.recipe.max_new_tokens)
-                texts = [text for text, _ in replies]
-                line["same"] = sum(a == b for a, b in zip(kept, texts, strict=True)) / len(at)
-                line |= reply_measures(probe, at, texts, (size for _, size in replies))
+            if kept:
+                texts, sizes = zip(*answers(llama, prompts, cfg.recipe.max_new_tokens), strict=True)
+                line |= reply_measures(probe, kept, texts, sizes)
             llama.close()
             part.rename(target)
             lines.append(line)

@@ -8,41 +8,31 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import yaml
 from huggingface_hub import DatasetCard, EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from scripts.base import InputError, RecipeError, local_path, one_line
+from scripts import tables
+from scripts.base import InputError, local_path, one_line
 from scripts.config import Config
 from scripts.hub import patiently
 from scripts.run_folder import read_origins
-from scripts.tables import BASELINES, MEASURES, baselines_table, evaluation_table, win_rates
+from scripts.tables import MEASURES
 
-# What of a config a reader can learn from; places, accounts and reporting are left out.
-SETTINGS = (
-    "beta", "loss_type", "loss_weights", "label_smoothing", "learning_rate", "lr_scheduler_type",
-    "warmup_steps", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_length", "optim", "max_grad_norm", "bf16", "seed", "dtype",
-    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "use_peft",
-    "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_target_modules",
-    "prefix_sharing", "merge_into", "merge_dtype", "test_split_size", "train_samples",
-    "eval_samples",
+# Keys of a config that say nothing of the model: places, accounts, reporting, resuming.
+LEFT_OUT = (
+    "model_name_or_path", "dataset_name", "questions", "output_dir", "run_name", "report_to",
+    "wandb_project", "project", "logging_dir", "logging_steps", "eval_strategy", "save_strategy",
+    "save_steps", "save_total_limit", "resume_from_checkpoint",
 )  # fmt: skip
 LESS_IS_BETTER = ("refused", "unsupported", "repeated", "base_nll")  # measures; length is neither
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEMPLATE = Path(__file__).with_name("model_card.md")
 DATA_CARD = "DATA_CARD.md"
-
-
-class CardError(RecipeError):
-    """The run's figures or the base model's licence are not what a card needs."""
 
 
 # Licences
@@ -75,13 +65,11 @@ LLAMA3_VOCABULARY = 128_256
 
 
 def terms_of(base: str, *, given: str | None = None, folder: Path | None = None) -> Terms:
-    """The terms of a model that was made from `base`.
-
-    By the base's name; else by a Llama 3 vocabulary in the model's `folder`; else as the hub has
-    it. `given` is the identifier that the user names, which settles all but a Llama's terms.
+    """The terms of a model that was made from `base`: by the base's name; else `given`, the
+    identifier that the user names; else by a Llama 3 vocabulary in the model's `folder`.
 
     Raises:
-        CardError: the licence is not known and the hub cannot be asked.
+        InputError: the licence is not known.
     """
     # 3, 3.1, 3.2 or 3.3 of a name such as `Meta-Llama-3.1-8B`.
     named = re.search(r"llama[-_ ]?(3(?:[._][123](?!\d))?)(?![\d.])", base, re.IGNORECASE)
@@ -95,58 +83,50 @@ def terms_of(base: str, *, given: str | None = None, folder: Path | None = None)
             return LLAMA["3"]
     if base.split("/")[-1].startswith("SmolLM2-"):
         return Terms("apache-2.0")
-    reason = "it is no name of the hub's"
-    if HUB_NAME.fullmatch(base):
-        try:
-            card = patiently(lambda: HfApi().model_info(base, timeout=20)).card_data
-            if card and isinstance(card.get("license"), str):
-                return Terms(card["license"])
-            reason = "its card on the hub names none"
-        except Exception as error:  # the errors of the hub, httpx and sockets share no nearer base
-            reason = one_line(error, 120)
-    raise CardError(
-        f"the licence of the base model {base} is not known ({reason}): give it with --licence, "
-        "by the hub's identifier (https://huggingface.co/docs/hub/repositories-licenses)"
+    raise InputError(
+        f"the licence of the base model {base} is not known here: give it with --licence, by the "
+        "hub's identifier (https://huggingface.co/docs/hub/repositories-licenses)"
     )
 
 
-def licence_text(base: str, given: Path | None = None) -> Path:
-    """A file with the text of the base model's licence: `given`, or the base's own.
+def licence_text(base: str, folder: Path, given: Path | None = None) -> Path:
+    """A file with the text of the base model's licence: `given`, or of the base's `folder`, or from
+    the hub.
 
     Raises:
-        CardError: it is not there and could not be fetched.
+        InputError: there is none, or it could not be fetched.
     """
-    if given is not None and not given.is_file():
-        raise InputError(f"--licence-file: there is no file {given}")
-    folder, names = Path(base).expanduser(), ("LICENSE", "LICENSE.txt", "LICENSE.md")
-    there = [given] if given else [folder / name for name in names if (folder / name).is_file()]
-    if there:
-        return there[0]
-    reason = f"{folder} has none of {', '.join(names)}"
-    if not folder.is_dir():
+    if given is not None:
+        if not given.is_file():
+            raise InputError(f"--licence-file: there is no file {given}")
+        return given
+    if folder.is_dir():
+        if found := sorted(folder.glob("LICENSE*")):
+            return found[0]
+        reason = f"{folder} has no LICENSE"
+    else:
         try:
             return Path(patiently(lambda: HfApi().hf_hub_download(base, "LICENSE")))
-        except Exception as error:  # as above
+        except Exception as error:  # the errors of the hub, httpx and sockets share no nearer base
             reason = one_line(error, 120)
-    raise CardError(
-        f"the licence of {base} wants a copy of itself sent along, and there is none ({reason}): "
-        "give one with --licence-file"
+    raise InputError(
+        f"the licence of {base} must be sent along, and its text is missing ({reason}): give it "
+        "with --licence-file"
     )
 
 
 # Names
 
 
-def base_name(cfg: Config, given: str | None) -> tuple[str, bool]:
-    """The base model's name without a place of this machine, and whether it is the hub's."""
+def base_name(cfg: Config, given: str | None) -> str:
+    """The base model's name: `owner/model` on the hub, or without a slash that of a folder here."""
     if given is not None:
         if not HUB_NAME.fullmatch(given):
-            raise InputError(f"--base takes a name of the hub's, owner/model; got {given!r}")
-        return given, True
+            raise InputError(f"--base takes the hub's name, owner/model; got {given!r}")
+        return given
     name = read_origins(cfg.run_dir).get("model", {}).get("name") or cfg.model.model_name_or_path
-    if Path(name).expanduser().is_dir() or not HUB_NAME.fullmatch(name):
-        return Path(name).name, False
-    return name, True
+    on_hub = HUB_NAME.fullmatch(name) and not Path(name).expanduser().is_dir()
+    return name if on_hub else Path(name).name
 
 
 def data_name(cfg: Config) -> tuple[str, bool]:
@@ -167,17 +147,16 @@ def repo_for(cfg: Config, what: str, base: str, terms: Terms, given: str | None)
     short = base.split("/")[-1].removeprefix("Meta-")
     made = f"{short}-dpo-{data_name(cfg)[0].split('/')[-1]}" + "-lora" * (what == "adapter")
     made = re.sub(r"[^\w.-]+|--+|\.\.+", "-", made).strip("-.")[:90]
-    owner, slash, name = (given or made).rpartition("/")
+    repo = given or made
+    owner, slash, name = repo.rpartition("/")
     # `Llama-3-8B` begins as it has to, `Llama-3.1` and `Llama-34B` do not.
     if terms.prefix and not re.match(rf"{re.escape(terms.prefix)}(?![\d.])", name):
-        proposed = f"{owner}{slash}{terms.prefix}-{name.removeprefix('Meta-')}"
+        repo = f"{owner}{slash}{terms.prefix}-{name.removeprefix('Meta-')}"
         if given is not None:
             raise InputError(
-                f"--repo {given}: by the licence of {base} the name has to begin with "
-                f"`{terms.prefix}`; take {proposed}"
+                f"--repo {given}: by the licence of {base} the name must begin with "
+                f"`{terms.prefix}`; take {repo}"
             )
-        made = proposed
-    repo = given or made
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -188,44 +167,15 @@ def repo_for(cfg: Config, what: str, base: str, terms: Terms, given: str | None)
 # The card
 
 
-def read_figures(run_dir: Path) -> dict | None:
-    """The run's `evaluation.json`; None if it was not evaluated."""
-    path = run_dir / "evaluation.json"
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError:
-        raise CardError(f"{path} is damaged; python -m scripts.evaluate makes it again") from None
-
-
-def data_card(cfg: Config) -> tuple[Path | None, dict]:
-    """The card beside data on this machine (a README.md with a dataset's metadata, in its folder or
-    in the one above it), and its metadata."""
+def data_card(cfg: Config) -> Path | None:
+    """The card beside data on this machine: a README.md with metadata, in its folder or in the one
+    above it."""
     there = local_path(cfg.script.dataset_name)
-    folders = [] if there is None else [there, there.parent, there.parent.parent][there.is_file() :]
-    for path in (folder / "README.md" for folder in folders[:2]):
-        with suppress(ValueError, TypeError, OSError, yaml.YAMLError):
-            found = DatasetCard(path.read_text(encoding="utf-8")).data.to_dict()
-            if {"license", "task_categories", "configs", "language"} & set(found):
-                return path, found
-    return None, {}
-
-
-def shown_settings(cfg: Config) -> dict[str, Any]:
-    """The settings of `SETTINGS`, as the config gives them or as TRL has them by default."""
-    found = {}
-    for name in SETTINGS:
-        value = cfg.given.get(name)
-        if value is None:
-            parts = (cfg.dpo, cfg.model, cfg.recipe)
-            value = next((getattr(p, name) for p in parts if hasattr(p, name)), None)
-        value = getattr(value, "value", value)  # of an enum
-        if value is not None and value is not False and not (name == "max_steps" and value < 0):
-            found[name] = value
-    if not cfg.model.use_peft:
-        found = {k: v for k, v in found.items() if not k.startswith(("lora_", "use_"))}
-    return found
+    folders = [] if there is None else [there, *there.parents][there.is_file() :][:2]
+    for path in (folder / "README.md" for folder in folders):
+        if path.is_file() and path.read_text(encoding="utf-8").startswith("---\n"):
+            return path
+    return None
 
 
 def eval_results(cfg: Config, figures: dict) -> list[EvalResult]:
@@ -255,25 +205,9 @@ def eval_results(cfg: Config, figures: dict) -> list[EvalResult]:
     ]  # fmt: skip
 
 
-def got_worse(figures: dict) -> list[str]:
-    """A line for each measure that got worse by more than chance, held out or beside."""
-    lines = []
-    for where, measures in {"": figures["measures"], **figures.get("beside", {})}.items():
-        for name, measure in measures.items():
-            change = measure["change"]
-            if name == "length" or name not in MEASURES or change["low"] is None:
-                continue
-            if change["low"] > 0 if name in LESS_IS_BETTER else change["high"] < 0:
-                lines.append(
-                    f"{MEASURES[name]}{f', on {where}' if where else ''}: "
-                    f"{measure['base']['mean']:.2f} before, {measure['tuned']['mean']:.2f} after "
-                    f"(change {change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}])"
-                )
-    return lines
-
-
 def limits(figures: dict) -> list[str]:
-    """What the model is not for, as far as the run can tell; the template says what no run can."""
+    """What the model is not for, as far as the run can tell: missed aims, and each measure that got
+    worse by more than chance, held out or beside. The template says what no run can."""
     lines = []
     declined = figures["measures"].get("declined")
     if declined and declined["tuned"]["mean"] < 0.5:
@@ -283,59 +217,58 @@ def limits(figures: dict) -> list[str]:
         )
     missed = {text: verdict for text, verdict in figures["targets"].items() if verdict != "met"}
     lines += [f"Missed aim: {text} ({verdict})." for text, verdict in missed.items()]
-    return lines + [f"Worse than the base model: {line}." for line in got_worse(figures)]
+    for where, measures in {"": figures["measures"], **figures.get("beside", {})}.items():
+        for name, measure in measures.items():
+            change = measure["change"]
+            if name == "length" or name not in MEASURES or change["low"] is None:
+                continue
+            if change["low"] > 0 if name in LESS_IS_BETTER else change["high"] < 0:
+                lines.append(
+                    f"Worse than the base model: {MEASURES[name]}{f', on {where}' if where else ''}"
+                    f": {measure['base']['mean']:.2f} before, {measure['tuned']['mean']:.2f} after "
+                    f"(change {change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}])."
+                )
+    return lines
 
 
-def make_card(
-    cfg: Config, *, what: str, repo: str, base: str, base_on_hub: bool, terms: Terms
-) -> ModelCard:
+def make_card(cfg: Config, *, what: str, repo: str, base: str, terms: Terms) -> ModelCard:
     """The card of what `cfg`'s run made, for the repository `repo`.
 
-    `what` is `adapter` or `merged`; `base` the base model's name, which `base_on_hub` says is one
-    of the hub's.
+    `what` is `adapter` or `merged`, and `base` the base model's name by `base_name`.
     """
-    run, figures, (data, data_on_hub) = cfg.run_dir, read_figures(cfg.run_dir), data_name(cfg)
-    along, about_data = data_card(cfg)
+    run, (data, data_on_hub), along = cfg.run_dir, data_name(cfg), data_card(cfg)
+    figures, environment = (
+        json.loads(path.read_bytes()) if path.is_file() else None
+        for path in (run / "evaluation.json", run / "environment.json")
+    )
+    base_on_hub, relation = "/" in base, "adapter" if what == "adapter" else "finetune"
     metadata = ModelCardData(
         base_model=base if base_on_hub else None,
+        base_model_relation=relation if base_on_hub else None,  # how the hub draws the model's tree
         datasets=[data] if data_on_hub else None,
-        language=about_data.get("language"),
+        language=DatasetCard.load(along).data.language if along else None,
         library_name="peft" if what == "adapter" else "transformers",
         license=terms.licence,
         pipeline_tag="text-generation",
         tags=["dpo", "trl", "preference-tuning", *(["lora"] if cfg.model.use_peft else [])],
         model_name=repo.split("/")[-1],
         eval_results=eval_results(cfg, figures) if figures else None,
-        # How the hub draws the model's tree.
-        base_model_relation=("adapter" if what == "adapter" else "finetune")
-        if base_on_hub
-        else None,
     )
+    settings = {
+        key: value
+        for key, value in cfg.given.items()
+        if key not in LEFT_OUT and value is not None and value is not False
+        if cfg.model.use_peft or not key.startswith("lora_")
+    }
     dropped, log = run / "dropped_rows.jsonl", run / "metrics.jsonl"
-    origin = read_origins(run).get("dataset", {})
-    tables: dict[str, Any] = dict.fromkeys(("baselines", "win_rates", "targets", "versions"))
-    if figures:
-        tables["evaluation"] = evaluation_table(figures)
-        known = {k: v for k, v in figures.get("baselines", {}).items() if k in BASELINES.values()}
-        if known:
-            tables["baselines"] = baselines_table(figures | {"baselines": known}).T
-        if "win_rate" in figures:
-            tables["win_rates"] = win_rates(figures)
-        if figures.get("targets"):
-            tables["targets"] = pd.Series(figures["targets"], name="verdict").to_frame()
-    if (run / "environment.json").is_file():
-        facts = json.loads((run / "environment.json").read_bytes())
-        tables["versions"] = pd.Series(facts, name="version").to_frame()
     return ModelCard.from_template(
-        metadata, template_path=str(TEMPLATE), name=repo.split("/")[-1], what=what,
-        base=base, base_on_hub=base_on_hub, terms=terms, data=data,
-        repo=repo if "/" in repo else f"OWNER/{repo}",
-        data_on_hub=data_on_hub, data_commit=origin.get("commit"), rank=cfg.model.lora_r,
-        data_content=origin.get("content"), data_card=DATA_CARD if along else None,
+        metadata, template_path=str(TEMPLATE), cfg=cfg, name=repo.split("/")[-1], what=what,
+        repo=repo if "/" in repo else f"OWNER/{repo}", base=base, base_on_hub=base_on_hub,
+        terms=terms, data=data, data_on_hub=data_on_hub,
+        origin=read_origins(run).get("dataset", {}), data_card=DATA_CARD if along else None,
         dropped=len(dropped.read_bytes().splitlines()) if dropped.is_file() else 0,
         steps=json.loads(log.read_text().splitlines()[-1])["step"] if log.is_file() else None,
-        settings=yaml.safe_dump(shown_settings(cfg), sort_keys=False).strip(),
-        max_new_tokens=cfg.recipe.max_new_tokens, merge_dtype=cfg.recipe.merge_dtype,
-        figures=figures, figure=(run / "figures" / "before_after.png").is_file(),
-        limits=limits(figures) if figures else [], **tables,
+        settings=yaml.safe_dump(settings, sort_keys=False).strip(), figures=figures, tables=tables,
+        figure=(run / "figures" / "before_after.png").is_file(),
+        limits=limits(figures) if figures else [], versions=environment,
     )  # fmt: skip

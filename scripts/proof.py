@@ -6,7 +6,6 @@ that the evaluated policy gave them, and held-out prompts the replies in `replie
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from scripts.base import RecipeError
 from scripts.config import Config
 from scripts.hub import fetch
-from scripts.probes import Probe
+from scripts.pairs.provenance import read_jsonl
+from scripts.probes import Probe, drawn
 from scripts.tables import MEASURES
 
 SHOWN = ("exact", "first", "facts")  # of the measures of a reply, what the tables show
@@ -70,35 +70,36 @@ def mean_gap(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return (torch.cat(a) - torch.cat(b)).abs().mean().item()
 
 
-def kept_replies(cfg: Config, probe: Probe) -> list[str]:
-    """The evaluated policy's replies to the prompts of `probe`, from the run's `replies.jsonl`.
+def kept_replies(cfg: Config, probe: Probe, questions: int | None = None) -> dict[int, str]:
+    """The evaluated policy's replies to `questions` of the prompts of `probe` (None: all, 0: none),
+    from the run's `replies.jsonl`, by their place in the probe.
 
     Raises:
         RecipeError: the run was not evaluated, or with other prompts than the config's.
     """
+    if questions == 0:
+        return {}
     path, again = cfg.run_dir / "replies.jsonl", "run python -m scripts.evaluate --config ... first"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        prompts, replies = [r["prompt"] for r in rows], [r["tuned"] for r in rows]
-    except FileNotFoundError:
-        raise RecipeError(f"there is no {path}, the evaluation's replies; {again}") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RecipeError(f"{path} holds no replies ({error}); {again}") from None
-    if prompts != [prompt[-1]["content"] for prompt in probe.prompts]:
-        raise RecipeError(f"{path} has other prompts than this config; {again}")
-    return replies
+    if not path.is_file():
+        raise RecipeError(f"there is no {path}, the evaluation's replies; {again}")
+    rows = read_jsonl(path, "prompt", "tuned")
+    if [row["prompt"] for row in rows] != [prompt[-1]["content"] for prompt in probe.prompts]:
+        raise RecipeError(f"the prompts in {path} are not this config's; {again}")
+    return {i: rows[i]["tuned"] for i in drawn(len(rows), questions, cfg.dpo.seed)}
 
 
-def reply_measures(probe: Probe, at: list[int], texts: list[str], lengths: Iterable[int]) -> dict:
-    """Means of the `SHOWN` measures of `texts`, the replies to the prompts `at` of `probe`.
+def reply_measures(
+    probe: Probe, kept: dict[int, str], texts: list[str], lengths: Iterable[int]
+) -> dict[str, float]:
+    """`same`, the share of `texts` that are the replies in `kept`, and means of their measures.
 
     `lengths` are in tokens. Measures that none of the prompts has are left out.
     """
-    scores = pd.DataFrame([probe.score(i, t) for i, t in zip(at, texts, strict=True)])
-    means = scores.astype(float).mean().dropna() if len(scores.columns) else {}
-    return {name: means[name] for name in SHOWN if name in means} | {
-        "length": pd.Series(list(lengths), dtype=float).mean()
-    }
+    same = [one == other for one, other in zip(kept.values(), texts, strict=True)]
+    scores = pd.DataFrame([probe.score(i, text) for i, text in zip(kept, texts, strict=True)])
+    scores = scores.reindex(columns=[name for name in SHOWN if name in scores]).astype(float)
+    scores["length"] = list(lengths)
+    return {"same": sum(same) / len(same), **scores.mean().dropna()}
 
 
 def proof_table(frame: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the libraries load, so that --help is answe
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -24,24 +25,26 @@ from pathlib import Path
 
 import pandas as pd
 import requests
+from jinja2 import Template
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from scripts.adapter import trained_folder
+from scripts.adapter import copy_config, trained_folder
 from scripts.base import RecipeError
 from scripts.config import Config, config_from_args
 from scripts.data import load_preferences
 from scripts.gguf import conversations
 from scripts.model import load_tokenizer, resolve_model
 from scripts.pairs.judges import CONNECT, FIRST, Endpoint
+from scripts.pairs.provenance import write_rows
 from scripts.pairs.tokens import end_tokens
-from scripts.probes import Probe, drawn, main_probe
+from scripts.probes import Probe, main_probe
 from scripts.proof import kept_replies, reply_measures, require_merged
 from scripts.tables import MEASURES
 
 # https://docs.vllm.ai/en/latest/api/vllm/config/lora, MaxLoRARanks
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+README = Path(__file__).with_name("serve_readme.md")
 PREFERRED = ("q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m", "f32")  # GGUF files, for Ollama
-TRIES = 3  # for an answer that is no chat completion
 
 
 class ServingError(RecipeError):
@@ -53,7 +56,7 @@ class ServingError(RecipeError):
 
 @dataclass
 class Turns:
-    """What a chat template writes around the text of each role, before the reply, and by itself."""
+    """What a chat template writes before and after the text of each role, and to begin a reply."""
 
     around: dict[str, tuple[str, str]]
     reply: str
@@ -64,13 +67,11 @@ class Turns:
 
         https://github.com/ollama/ollama/blob/main/docs/template.md
         """
-        cases = "".join(
-            f'{{{{ {word} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
-            for word, (role, (before, after)) in zip(
-                ("if", "else if", "else if"), self.around.items(), strict=True
-            )
+        cases = "{{ else ".join(
+            f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+            for role, (before, after) in self.around.items()
         )
-        return f"{{{{ range .Messages }}}}{cases}{{{{ end }}}}{{{{ end }}}}{self.reply}"
+        return f"{{{{ range .Messages }}}}{{{{ {cases}{{{{ end }}}}{{{{ end }}}}{self.reply}"
 
     def prompt(self, messages: list[dict]) -> str:
         """What Ollama makes of a conversation: the Modelfile's SYSTEM goes first if it has none."""
@@ -92,23 +93,20 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     Raises:
         ServingError: it writes something else than the same marks around every text.
     """
-    marks = {"system": "s\u241eS", "user": "u\u241eU", "assistant": "a\u241eA", "again": "v\u241eV"}
 
     def parts(*roles: str, reply: bool = False) -> list[str]:
-        """The text between the marks of `roles`."""
-        messages = [{"role": {"again": "user"}.get(r, r), "content": marks[r]} for r in roles]
-        text, found = template_text(tokenizer, messages, reply), []
-        for role in roles:
-            before, mark, text = text.partition(marks[role])
-            if not mark:
-                raise ServingError(f"the chat template changes the text of {role} before use")
-            found.append(before)
-        return [*found, text]
+        """What stands before, between and after the texts of `roles`."""
+        messages = [{"role": role, "content": f"a\u241eA{i}."} for i, role in enumerate(roles)]
+        found = re.split(r"a\u241eA\d\.", template_text(tokenizer, messages, reply))
+        if len(found) != len(roles) + 1:
+            raise ServingError("the chat template changes or leaves out the text of a message")
+        return found
 
     try:
-        (alone, user_end), assistant_end = parts("user"), parts("user", "assistant")[-1]
-        start, to_user, to_assistant, to_again, _ = parts("system", "user", "assistant", "again")
+        alone, user_end = parts("user")
         reply = parts("user", reply=True)[-1].removeprefix(user_end)
+        start, to_user, to_assistant, to_again, _ = parts("system", "user", "assistant", "user")
+        assistant_end = parts("user", "assistant")[-1]
     except ServingError:
         raise
     except Exception as error:  # a template raises what it likes
@@ -128,17 +126,6 @@ def read_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     return Turns(around, reply, default)
 
 
-def differing(
-    turns: Turns, tokenizer: PreTrainedTokenizerBase, talks: dict[str, list[dict]]
-) -> list[str]:
-    """Names of the conversations whose prompt by Ollama's template differs from transformers'."""
-    return [
-        name
-        for name, messages in talks.items()
-        if turns.prompt(messages) != template_text(tokenizer, messages)
-    ]
-
-
 def write_serving(
     cfg: Config, tokenizer: PreTrainedTokenizerBase, name: str | None = None,
     system: str | None = None,
@@ -152,7 +139,8 @@ def write_serving(
     """
     merged, run, name = require_merged(cfg), cfg.run_dir, name or cfg.run_dir.name
     turns, remarks, folder = read_turns(tokenizer), [], run / "serve"
-    if other := differing(turns, tokenizer, conversations(tokenizer)):
+    talks = conversations(tokenizer).items()
+    if other := [n for n, talk in talks if turns.prompt(talk) != template_text(tokenizer, talk)]:
         remarks.append(f"Ollama's prompt differs from the chat template's for: {', '.join(other)}")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "ollama").mkdir(parents=True)
@@ -161,12 +149,21 @@ def write_serving(
     (folder / "ollama" / "Modelfile").write_text(
         modelfile(cfg, tokenizer, turns, f"../../{source.relative_to(run)}", system), "utf-8"
     )
-    problem = adapter_problem(cfg)
-    if problem:
+    base, rank = cfg.model.model_name_or_path, None
+    if problem := adapter_problem(cfg):
         remarks.append(f"no adapter for vLLM and NIM: {problem}")
     else:
-        copy_adapter(cfg, folder / "loras" / name)
-    (folder / "README.md").write_text(_commands(cfg, name, problem is None), encoding="utf-8")
+        rank = next(rank for rank in VLLM_RANKS if rank >= cfg.model.lora_r)
+        source, target = trained_folder(cfg), folder / "loras" / name
+        target.mkdir(parents=True)
+        shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
+        copy_config(source / "adapter_config.json", target / "adapter_config.json", base)
+    text = Template(README.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
+        name=name, quoted=shlex.quote(name), dtype=cfg.recipe.merge_dtype, rank=rank,
+        base=shlex.quote(base), revision=cfg.model.model_revision,
+        lora=shlex.quote(f"{name}=loras/{name}"), config=run / "config.yaml",
+    )  # fmt: skip
+    (folder / "README.md").write_text(text, encoding="utf-8")
     return folder, remarks
 
 
@@ -201,48 +198,11 @@ def adapter_problem(cfg: Config) -> str | None:
     return None
 
 
-def copy_adapter(cfg: Config, target: Path) -> None:
-    """The adapter as NIM and vLLM read it: config and weights. It names the base model, not the
-    path that the base had on the machine that trained it."""
-    source = trained_folder(cfg)
-    target.mkdir(parents=True)
-    shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
-    values = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    values["base_model_name_or_path"] = cfg.model.model_name_or_path
-    (target / "adapter_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-
-
-def _commands(cfg: Config, name: str, adapter: bool) -> str:
-    """The README of `serve/`; its commands are given in that folder."""
-    base, quoted = cfg.model.model_name_or_path, shlex.quote(name)
-    dtype = cfg.recipe.merge_dtype
-    lines = [f"# Serve {name}", "", "Run these in this folder. Ollama:", "",
-             f"    ollama create {quoted} -f ollama/Modelfile && ollama run {quoted}", "",
-             "vLLM, the merged model:", "",
-             f"    vllm serve ../merged --served-model-name {quoted} --dtype {dtype}"]  # fmt: skip
-    if adapter:
-        rank = next(rank for rank in VLLM_RANKS if rank >= cfg.model.lora_r)
-        lines += ["", "vLLM, the adapter on the base (16-bit weights, not the 4-bit ones it was "
-                  "trained on; `python -m scripts.export prove` shows the difference):", "",
-                  f"    vllm serve {shlex.quote(base)} --revision {cfg.model.model_revision} "
-                  f"--dtype {dtype} --enable-lora --max-lora-rank {rank} \\\n"
-                  f"        --lora-modules {shlex.quote(f'{name}=loras/{name}')} "
-                  "--chat-template ../adapter/chat_template.jinja", "",
-                  "NIM for the base model, with `loras/` mounted as its store of adapters:", "",
-                  "    docker run --gpus all -e NGC_API_KEY -e NIM_PEFT_SOURCE=/opt/nim/loras \\\n"
-                  f"        -e NIM_MAX_LORA_RANK={rank} -v \"$PWD/loras:/opt/nim/loras\" "
-                  "-p 8000:8000 <the NIM image of the base model>"]  # fmt: skip
-    lines += ["", "Then, in the project, compare the server's replies with the run's own:", "",
-              "    python -m scripts.serve check --url http://localhost:8000/v1 "
-              f"--model {quoted} --config {cfg.run_dir / 'config.yaml'}"]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
 # The check
 
 
 class Server(Endpoint):
-    """An OpenAI-compatible server of the tuned model; busy ones are asked again, as judges are."""
+    """An OpenAI-compatible server of the tuned model; a busy one is asked again, as judges are."""
 
     who = "server"
     more: dict = {}  # noqa: RUF012 - of each request, beside what OpenAI's API has; set, not changed
@@ -251,34 +211,29 @@ class Server(Endpoint):
         """The name of the one model that the server lists.
 
         Raises:
-            ServingError: it does not answer, or lists none or several.
+            ServingError: it does not answer, or does not list exactly one.
         """
         where = self.url.removesuffix("/chat/completions") + "/models"
         try:
             response = self.session.get(where, timeout=(CONNECT, FIRST))
-            names = [model["id"] for model in response.json()["data"]]
-        except (requests.exceptions.JSONDecodeError, LookupError, TypeError):
-            raise ServingError(f"{where} lists no models; name one: --model ...") from None
+            (model,) = response.json()["data"]
+            return model["id"]
+        except (ValueError, LookupError, TypeError):
+            raise ServingError(f"{where} does not list one model; name it: --model ...") from None
         except requests.RequestException as error:
             raise ServingError(f"the server at {self.url} does not answer: {error}") from None
-        if len(names) != 1:
-            raise ServingError(f"{where} lists {len(names)} models {names[:5]}; name one: --model")
-        return names[0]
 
     def reply(self, messages: list[dict], max_new_tokens: int) -> str:
         """The greedy reply to a conversation.
 
         Raises:
-            RecipeError: the server is not there, stays busy, refuses, or gives no chat completion
-                three times in a row.
+            RecipeError: the server is not there, stays busy, refuses, or answers something else.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0} | self.more
-        body["max_tokens"] = max_new_tokens
-        for _ in range(TRIES):
-            answer = self.ask(body)
-            if answer and isinstance(answer["message"]["content"], str):
-                return answer["message"]["content"].strip()
-        raise ServingError(f"{self.url} does not answer with chat completions; is it OpenAI's API?")
+        answer = self.ask(body | {"max_tokens": max_new_tokens})
+        if not answer or not isinstance(answer["message"]["content"], str):
+            raise ServingError(f"{self.url} gave no chat completion; is it OpenAI's API?")
+        return answer["message"]["content"].strip()
 
 
 def served_replies(
@@ -286,19 +241,15 @@ def served_replies(
 ) -> pd.DataFrame:
     """The server's replies to `questions` of the held-out prompts (None: all), beside the run's.
 
-    Returns a row a prompt: `at` (its place in `probe`), `prompt`, `kept`, `served`, `same`.
+    Returns a row a prompt: `prompt`, `kept`, `served`, `same`. Its index is the place in `probe`.
     """
-    at = drawn(len(probe.prompts), questions, cfg.dpo.seed)
-    kept = kept_replies(cfg, probe)
+    frame = pd.Series(kept_replies(cfg, probe, questions), name="kept").to_frame()
+    asked = [probe.prompts[i] for i in frame.index]
+    frame.insert(0, "prompt", [prompt[-1]["content"] for prompt in asked])
     with ThreadPoolExecutor(server.workers) as pool:
-        asked = [pool.submit(server.reply, probe.prompts[i], cfg.recipe.max_new_tokens) for i in at]
-        try:
-            served = [one.result() for one in asked]
-        except RecipeError:
-            pool.shutdown(cancel_futures=True)  # the first failure tells; do not wait for the rest
-            raise
-    frame = pd.DataFrame({"at": at, "prompt": [probe.prompts[i][-1]["content"] for i in at]})
-    frame["kept"], frame["served"] = [kept[i] for i in at], served
+        frame["served"] = list(
+            pool.map(lambda prompt: server.reply(prompt, cfg.recipe.max_new_tokens), asked)
+        )
     frame["same"] = frame["kept"] == frame["served"]
     return frame
 
@@ -307,15 +258,14 @@ def agreement(
     frame: pd.DataFrame, probe: Probe, tokenizer: PreTrainedTokenizerBase, shown: int = 3
 ) -> str:
     """How many replies agree, the measures of both, and the first replies that differ."""
-    columns = {}
+    columns, kept, same = {}, frame["kept"].to_dict(), frame["same"]
     for who in ("kept", "served"):
         texts = frame[who].tolist()
         lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
-        columns[who] = reply_measures(probe, frame["at"].tolist(), texts, lengths)
-    same = frame["same"]
-    lines = [f"{same.sum()} of {len(frame)} replies are the run's own, word by word "
-             f"({same.mean():.2f})",
-             pd.DataFrame(columns).rename(index=MEASURES).round(3).to_string()]  # fmt: skip
+        columns[who] = reply_measures(probe, kept, texts, lengths)
+    table = pd.DataFrame(columns).rename(index={**MEASURES, "same": "the run's own replies"})
+    lines = [f"{same.sum()} of {len(frame)} replies are the run's own, word by word"]
+    lines.append(table.round(3).to_string())
     for row in frame[~same].head(shown).itertuples():
         lines.append(f"\n{row.prompt[-200:]}\n  run:    {row.kept!r}\n  server: {row.served!r}")
     return "\n".join(lines)
@@ -330,8 +280,7 @@ def main(args: argparse.Namespace) -> None:
     probe = main_probe(cfg, load_preferences(cfg, tokenizer)["test"])
     frame = served_replies(server, cfg, probe, args.questions)
     out = cfg.run_dir / "served.jsonl"
-    rows = frame.drop(columns="at").to_dict("records")
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    write_rows(out, frame.to_dict("records"))
     print(f"{server.model} at {server.url}\n{agreement(frame, probe, tokenizer)}\n\nall: {out}")
     if frame["same"].mean() < args.least_same:
         raise ServingError(f"fewer than {args.least_same:g} of the replies are the run's own")

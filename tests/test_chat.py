@@ -18,17 +18,7 @@ from trl import get_peft_config
 from scripts import chat as chatting
 from scripts import data
 from scripts.base import RecipeError
-from scripts.chat import (
-    LEFT,
-    NEITHER,
-    RIGHT,
-    Chat,
-    ChatError,
-    Turn,
-    keep_choice,
-    load_chat,
-    open_chat,
-)
+from scripts.chat import Chat, ChatError, Turn, keep_choice, load_chat
 from scripts.cli import parse
 from scripts.data import load_preferences
 from scripts.model import load_tokenizer
@@ -67,7 +57,7 @@ def reply(text: str) -> Reply:
 
 def turn(question: str, *, base="A long tale.", tuned="Yes.", before=()) -> Turn:
     prompt = [*before, {"role": "user", "content": question}]
-    return Turn(prompt, reply(base), reply(tuned), tuned_left=True)
+    return Turn(prompt, reply(base), reply(tuned), tuned_is_a=True)
 
 
 def rows(path: Path) -> list[dict]:
@@ -141,11 +131,10 @@ def test_an_empty_answer_makes_no_pair(tmp_path):
     assert "nothing kept" in said and not any(tmp_path.iterdir())
 
 
-def test_a_damaged_file_is_told_with_its_line_before_the_model_is_loaded(finished):
-    (finished.run_dir / "choices.jsonl").write_text('{"key": "1"\n')
-    finished.model.model_name_or_path = "/nowhere"
+def test_a_damaged_file_is_told_with_its_line(tmp_path):
+    (tmp_path / "choices.jsonl").write_text('{"key": "1"\n')
     with pytest.raises(RecipeError, match=r"choices\.jsonl:1 is damaged"):
-        load_chat(finished)
+        keep_choice(tmp_path / "choices.jsonl", turn("Why?"), "tuned")
 
 
 # --- a conversation
@@ -170,33 +159,29 @@ def parrots(tmp_path) -> Chat:
 def test_the_better_answer_goes_on_in_the_conversation(parrots):
     begin = [{"role": "system", "content": "Be brief."}]
     first = parrots.ask(begin, "one")
-    messages, _ = parrots.choose(first, LEFT if first.tuned_left else RIGHT)
+    messages, said = parrots.choose(first, "a" if first.tuned_is_a else "b")
     assert [m["content"] for m in messages] == ["Be brief.", "one", "one"]
+    assert said.startswith(f"A was the {'tuned' if first.tuned_is_a else 'base'} model")
     second = parrots.ask(messages, "two")
-    again, _ = parrots.choose(second, NEITHER)
+    again, _ = parrots.choose(second, "")
     assert again == messages  # the question is taken back
     third = parrots.ask(again, "three")
-    messages, _ = parrots.choose(third, RIGHT if third.tuned_left else LEFT)
+    messages, _ = parrots.choose(third, "b" if third.tuned_is_a else "a")
     assert messages[-1]["content"] == "three three"  # the base's
     chosen = [(row["chosen_from"], row["chosen"][0]["content"]) for row in rows(parrots.path)]
     assert chosen == [("tuned", "one"), ("base", "three three")]
-    assert parrots.ask([], "same").same
-    with pytest.raises(ChatError, match="ask something"):
-        parrots.ask([], "  ")
+    same, said = parrots.choose(parrots.ask([], "same"), "a")
+    assert (same[-1]["content"], said) == ("same", "Both say the same.")
+    assert len(rows(parrots.path)) == 2
 
 
-def test_the_sides_are_drawn_and_named_afterwards(parrots):
-    lefts = set()
-    for number in range(40):
-        asked = parrots.ask([], f"question {number}")
-        assert asked.sides[0] is (asked.tuned if asked.tuned_left else asked.base)
-        lefts.add(asked.tuned_left)
-        _, said = parrots.choose(asked, NEITHER)
-        assert said.startswith(f"A was the {'tuned' if asked.tuned_left else 'base'} model")
-    assert lefts == {True, False} and not parrots.path.exists()
+def test_which_answer_is_whose_is_drawn(parrots):
+    asked = [parrots.ask([], "question") for _ in range(40)]
+    assert {turn.tuned_is_a for turn in asked} == {True, False}
+    assert all(turn.answers[0] is (turn.tuned if turn.tuned_is_a else turn.base) for turn in asked)
 
 
-# --- terminal and notebook
+# --- in the terminal
 
 
 def test_the_terminal_asks_and_keeps(finished, monkeypatch, capsys):
@@ -215,41 +200,21 @@ def test_the_terminal_asks_and_keeps(finished, monkeypatch, capsys):
     check(finished, path)
 
 
-def test_a_headless_notebook_skips_the_chat_with_one_line(finished, capsys):
-    assert open_chat(finished) is None
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "headless" in line and "python -m scripts.chat --config" in line
-
-
-def test_without_gradio_the_notebook_says_how_in_one_line(finished, monkeypatch, capsys):
+def test_without_gradio_the_page_says_how_in_one_line(finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr(chatting, "someone_is_there", lambda: True)
-    assert open_chat(finished) is None
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "%pip install -r requirements-chat.txt" in line
-    with pytest.raises(ChatError, match=r"needs gradio: pip install -r requirements-chat\.txt"):
+    with pytest.raises(ChatError, match=r"needs gradio .*pip install -r requirements-chat\.txt"):
         chatting.main(parse("chat", ["--config", str(finished.run_dir / "config.yaml"), "--web"]))
 
 
 # --- in a browser
 
 
-@pytest.mark.parametrize("fault", ["port", "proxy"])
-def test_a_page_that_cannot_be_served_is_one_line(parrots, monkeypatch, fault):
+def test_a_page_that_cannot_be_served_is_one_line(parrots):
     pytest.importorskip("gradio", reason="pip install -r requirements-chat.txt")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        if fault == "proxy":
-            taken.close()
-            for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-                monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
-            for name in ("no_proxy", "NO_PROXY"):
-                monkeypatch.delenv(name, raising=False)
-        told = "no_proxy" if fault == "proxy" else f"at port {port}"
-        with pytest.raises(ChatError, match=told):
-            chatting.serve_page(parrots, port=port)
+        with pytest.raises(ChatError, match=f"cannot be served .*{port}.*no_proxy"):
+            chatting.serve_page(parrots, [], port)
 
 
 @pytest.fixture
@@ -275,25 +240,22 @@ def browser(tmp_path):
 
 @pytest.fixture
 def address(chat):
-    page = chatting.serve_page(chat)
+    page = chatting.serve_page(chat, [{"role": "system", "content": "Be brief."}])
     yield page.local_url
     page.close()
 
 
-def ask(page, question: str) -> None:
+def ask(page, question: str) -> list[str]:
+    """Ask both; their answers, once they are there."""
     page.locator("#question textarea").fill(question)
     page.locator("#ask").click()
+    page.locator("#choose-a:not([disabled])").wait_for(timeout=60_000)
+    return [page.locator(f"#{letter} textarea").input_value() for letter in "AB"]
 
 
-def answers(page) -> list[str]:
-    """Both answers, once they are there."""
-    page.locator("#choose-left:not([disabled])").wait_for(timeout=60_000)
-    return [page.locator(f"#{side} textarea").input_value() for side in ("left", "right")]
-
-
-def choose(page, name: str) -> str:
-    page.locator(f"#choose-{name}").click()
-    page.locator("#choose-left[disabled]").wait_for(timeout=20_000)
+def choose(page, letter: str) -> str:
+    page.locator(f"#choose-{letter}").click()
+    page.locator("#choose-a[disabled]").wait_for(timeout=20_000)
     return page.locator("#said").inner_text()
 
 
@@ -303,40 +265,36 @@ def test_a_reader_asks_chooses_and_goes_on_in_a_real_browser(
     """What is shown is what is kept, and what is kept can be trained on."""
     page = browser
     page.goto(address)
-    page.locator("#system textarea, #system input").first.fill("Be brief.")
     # What is written is shown as it is, and fetches nothing.
     picture = "![a](https://example.org/a.png) <img src=https://example.org/b.png>"
-    ask(page, f"Why is the sky blue? {picture}")
-    left, right = answers(page)
-    assert left and right and left != right
+    a, b = ask(page, f"Why is the sky blue? {picture}")
+    assert a and b and a != b
     assert page.locator("#ask").is_disabled()  # until the reader has chosen
+    assert f"blue? {picture}" in page.locator("#earlier textarea").input_value()
     page.screenshot(path=tmp_path / "wide.png", full_page=True)
-    said = choose(page, "left")
+    said = choose(page, "a")
     (row,) = rows(chat.path)
     assert [m["content"] for m in row["prompt"]] == [
         "Be brief.", f"Why is the sky blue? {picture}",
     ]  # fmt: skip
-    assert left.removesuffix(" … (cut off)") == row["chosen"][0]["content"]
-    assert right.removesuffix(" … (cut off)") == row["rejected"][0]["content"]
+    assert a.removesuffix(" … (cut off)") == row["chosen"][0]["content"]
+    assert b.removesuffix(" … (cut off)") == row["rejected"][0]["content"]
     assert f"A was the {row['chosen_from']} model" in said
     ask(page, "And the sea?")
-    answers(page)
-    assert f"blue? {picture}" in page.locator("#earlier textarea").input_value()
     page.set_viewport_size({"width": 800, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 800
-    for name in ("left", "right", "neither"):
-        assert page.locator(f"#choose-{name}").is_visible()
     page.screenshot(path=tmp_path / "narrow.png", full_page=True)
-    choose(page, "right")
+    choose(page, "b")
     assert [len(row["prompt"]) for row in rows(chat.path)] == [2, 4]
     ask(page, "What do bees make?")
-    answers(page)
-    choose(page, "neither")
+    choose(page, "")
     assert len(rows(chat.path)) == 2
     page.locator("#anew").click()
-    page.locator("#earlier").wait_for(state="hidden", timeout=20_000)
-    ask(page, " ")
-    page.get_by_text("ask something first").wait_for(timeout=20_000)
+    ask(page, "Who?")
+    choose(page, "a")
+    assert len(rows(chat.path)[2]["prompt"]) == 2  # from the beginning
+    page.locator("#ask").click()
+    page.get_by_text("Ask something first").wait_for(timeout=20_000)
     assert page.errors == []
     # Nothing leaves the machine: no font, script or analytics from elsewhere.
     assert page.hosts <= {"127.0.0.1", None}

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import pairs_of, token_rows
+from conftest import token_rows
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -15,25 +15,22 @@ from scripts import evaluate, export
 from scripts.adapter import AdapterError, load_adapter, require_adapter, save_adapter
 from scripts.base import RecipeError
 from scripts.cli import parse
-from scripts.data import load_preferences
 from scripts.evaluate import pair_logps
 from scripts.export import (
     FORMS,
     Form,
     MergeError,
-    PolicyScores,
     evaluated_policy,
     load_form,
     load_to_merge,
     merge_adapter,
-    prove,
     prove_merge,
     shipped_form,
 )
 from scripts.model import load_tokenizer
 from scripts.pairs.provenance import weights_state
-from scripts.probes import Probe, main_probe
-from scripts.proof import completion_logps, kept_replies, mean_gap, proof_table
+from scripts.probes import Probe
+from scripts.proof import completion_logps, kept_replies, mean_gap
 from scripts.run import summary
 
 
@@ -64,12 +61,6 @@ def quantized(sharp_base, tiny_run):
     return trainer, cfg
 
 
-def test_tokenised_rows_are_the_trainers(tiny_run):
-    trainer, cfg = tiny_run()
-    for mine, its in zip(pairs_of(cfg)["test"], trainer.eval_dataset, strict=True):
-        assert all(mine[name] == its[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-
-
 # The merge
 
 
@@ -92,52 +83,43 @@ def test_a_merge_written_out_by_hand_is_proved_and_says_what_the_adapter_says(tr
     assert merge_adapter(cfg, base, trainer.processing_class, rows) == check  # the command's way
 
 
-def test_an_adapter_too_faint_for_16_bits_is_refused(sharp_base, tiny_run):
-    trainer, cfg = tiny_run(model_name_or_path=sharp_base)
-    for name, value in trainer.model.named_parameters():
-        if "lora_B" in name:  # about as large as the rounding of the weights it is added to
-            value.data.normal_(std=1e-4)
-    adapter = save_adapter(trainer, cfg)
-    cfg.recipe.merge_dtype = "bfloat16"
-    earlier = cfg.run_dir / "merged" / "model.safetensors"
-    earlier.parent.mkdir()
-    earlier.write_text("an earlier merge")
-    with pytest.raises(MergeError, match="do not use it"):
-        merge_adapter(cfg, sharp_base, trainer.processing_class, token_rows(trainer))
-    assert earlier.read_text() == "an earlier merge"
-    assert not (cfg.run_dir / export.UNPROVED).exists()
-    assert require_adapter(cfg) == adapter and any(adapter.glob("*.safetensors"))
-
-
 def test_the_nf4_weights_written_out_are_the_model_that_was_trained(quantized):
     """Not to the last digit: on a CPU, bitsandbytes computes with NF4 in bfloat16."""
     trainer, cfg = quantized
     base, rows = cfg.model.model_name_or_path, token_rows(trainer)
-    scores = evaluated_policy(cfg, base, rows)
+    policy, reference = evaluated_policy(cfg, base, rows)
     wanted = pair_logps(trainer, rows)  # the policy that is scored is the trainer's
-    for ours, theirs in ((scores.policy, "chosen"), (scores.reference, "ref_chosen")):
+    for ours, theirs in ((policy, "chosen"), (reference, "ref_chosen")):
         sums = [one.sum().item() for one in ours]
         assert sums == pytest.approx(wanted[theirs].tolist(), rel=1e-2)
     far = {
-        kind: mean_gap(
-            completion_logps(load_form(cfg, base, Form(kind, "float32")), rows), scores.policy
-        )
+        kind: mean_gap(completion_logps(load_form(cfg, base, Form(kind, "float32")), rows), policy)
         for kind in ("dequantized", "original")
     }
-    assert 4 * far["dequantized"] < far["original"] and far["dequantized"] < 0.1 * scores.effect
+    effect = mean_gap(policy, reference)
+    assert 4 * far["dequantized"] < far["original"] and far["dequantized"] < 0.1 * effect
     assert shipped_form(cfg) == Form("dequantized", "float32")
     report = merge_adapter(cfg, base, trainer.processing_class, rows)
-    assert report == {"effect": scores.effect, "error": pytest.approx(far["dequantized"])}
+    assert report == {"effect": effect, "error": pytest.approx(far["dequantized"])}
     merged = AutoModelForCausalLM.from_pretrained(cfg.run_dir / "merged")
     assert "quantization_config" not in merged.config.to_dict()
     assert merged.config.use_cache  # else it would be shipped as slow as it was trained
-    # Had training moved little, a merge into the original weights would not be what was evaluated.
-    faint = PolicyScores(scores.policy, [row + 1.5 * far["original"] for row in scores.policy])
-    before = (cfg.run_dir / "merged" / "model.safetensors").read_bytes()
+
+
+def test_a_merge_further_away_than_training_moved_is_refused(quantized):
+    """Of an adapter that says nothing, the original weights are not what was evaluated."""
+    trainer, cfg = quantized
+    file = require_adapter(cfg) / "adapter_model.safetensors"
+    save_file({name: value * 0 for name, value in load_file(file).items()}, file)
     cfg.recipe.merge_into = "original"
+    earlier = cfg.run_dir / "merged" / "model.safetensors"
+    earlier.parent.mkdir()
+    earlier.write_text("an earlier merge")
     with pytest.raises(MergeError, match=r"differs from the evaluated one.*export prove"):
-        merge_adapter(cfg, base, trainer.processing_class, rows, faint)
-    assert (cfg.run_dir / "merged" / "model.safetensors").read_bytes() == before
+        merge_adapter(cfg, cfg.model.model_name_or_path, trainer.processing_class,
+                      token_rows(trainer))  # fmt: skip
+    assert earlier.read_text() == "an earlier merge"
+    assert not (cfg.run_dir / export.UNPROVED).exists() and file.is_file()
 
 
 @pytest.mark.parametrize("merge_dtype", ["bfloat16", "float16"])
@@ -191,24 +173,19 @@ def test_a_finished_run_is_evaluated_and_exported_by_its_commands(tiny_run, sett
 
 
 def test_every_form_is_measured_against_the_policy(quantized, capsys):
-    trainer, cfg = quantized
+    _, cfg = quantized
     options = ["--config", str(cfg.run_dir / "config.yaml")]
     evaluate.main(parse("evaluate", options))
-    base, tokenizer = cfg.model.model_name_or_path, trainer.processing_class
-    probe = main_probe(cfg, load_preferences(cfg, tokenizer)["test"])
-    forms = [Form(weights, "float32", how) for weights, how in
-             (("dequantized", True), ("original", True), ("original", False))]  # fmt: skip
-    frame = prove(cfg, base, tokenizer, token_rows(trainer), probe, forms=forms)
-    assert frame["form"].tolist()[1:] == [form.name for form in forms]
-    trained, merged, adapted = frame["difference"][1:]
-    assert 4 * trained < merged == pytest.approx(adapted, rel=1e-2)
-    assert frame["of_training"][2] == pytest.approx(merged / frame.attrs["effect"])
-    assert frame["same"][0] == 1 and frame["same"][1] >= frame["same"][2]
-    assert not proof_table(frame).isna().any(axis=None)
-    export.main(parse("export", ["prove", *options, "--questions", "1"]))
+    export.main(parse("export", ["prove", *options]))
     shown = capsys.readouterr().out
     assert all(form.name in shown for form in FORMS)
-    assert len(json.loads((cfg.run_dir / "prove.json").read_text())) == len(FORMS) + 1
+    policy, *forms = json.loads((cfg.run_dir / "prove.json").read_text())
+    assert [row["form"] for row in forms] == [form.name for form in FORMS]
+    assert policy["same"] == 1 and policy["difference"] == 0
+    far = {row["form"]: row["difference"] for row in forms}
+    merged = far["merged into the original weights, float16"]
+    assert 4 * far["merged into dequantized NF4, float16"] < merged
+    assert merged == pytest.approx(far["adapter on the original weights, float16"], rel=1e-2)
 
 
 def probe_of(*prompts: str) -> Probe:
@@ -229,12 +206,10 @@ def test_kept_replies_must_be_there_and_of_these_prompts(tiny_cfg):
     with pytest.raises(RecipeError, match=r"there is no .*replies\.jsonl.*scripts\.evaluate"):
         kept_replies(cfg, probe_of("One?"))
     probe = write_replies(cfg, "One?", "Two?")
-    assert kept_replies(cfg, probe) == ["Reply 0.", "Reply 1."]
-    with pytest.raises(RecipeError, match="has other prompts"):
+    assert kept_replies(cfg, probe) == {0: "Reply 0.", 1: "Reply 1."}
+    assert len(kept_replies(cfg, probe, 1)) == 1 and kept_replies(cfg, probe, 0) == {}
+    with pytest.raises(RecipeError, match="are not this config's"):
         kept_replies(cfg, probe_of("One?", "Three?"))
-    (cfg.run_dir / "replies.jsonl").write_text('{"prompt": ')
-    with pytest.raises(RecipeError, match="holds no replies"):
-        kept_replies(cfg, probe)
 
 
 # What was saved goes back into its own model, and into no other
@@ -301,24 +276,6 @@ def test_an_adapter_of_another_base_with_equal_shapes_is_refused(adapted, tiny_l
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterError, match="was trained on another model"):
         load_adapter(model, saved)
-
-
-def test_weights_that_do_not_fit_are_refused_by_name(adapted, tiny_llama3, tmp_path):
-    """The settings agree, the tensors do not: a damaged file, or a base of another size."""
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    weights = load_file(file)
-    first = min(weights)
-    save_file({k: v for k, v in weights.items() if k != first} | {"odd": weights[first]}, file)
-    told = rf"{first} is missing there and \(.*\) here|odd is \(.*\) there and missing here"
-    with pytest.raises(AdapterError, match=told):
-        load_adapter(model, tmp_path)
-    # A run without an adapter: a model with a layer less.
-    small = AutoModelForCausalLM.from_pretrained(tiny_llama3, num_hidden_layers=1)
-    small.save_pretrained(tmp_path / "small")
-    with pytest.raises(AdapterError, match=r"model\.layers\.1\.self_attn.* is missing"):
-        load_adapter(AutoModelForCausalLM.from_pretrained(tiny_llama3), tmp_path / "small")
 
 
 def test_a_run_without_training_has_nothing_to_load(tiny_cfg):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,18 +21,10 @@ from scripts import export
 from scripts.base import InputError, RecipeError
 from scripts.cli import parse
 from scripts.config import Config, load_config
-from scripts.model_card import (
-    LLAMA,
-    CardError,
-    base_name,
-    got_worse,
-    limits,
-    read_figures,
-    repo_for,
-    terms_of,
-)
-from scripts.publish import Parcel, PushError, make_parcel, send
+from scripts.model_card import LLAMA, base_name, limits, repo_for, terms_of
+from scripts.publish import PushError, make_parcel, send
 
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LLAMA3 = "meta-llama/Meta-Llama-3-8B-Instruct"
 
 
@@ -110,24 +103,21 @@ def finished_llama3(tmp_path, monkeypatch) -> Config:
 @pytest.fixture
 def hub(monkeypatch):
     """Starts a hub, which `fault` may spoil, and points the client at it; it never waits long."""
-    contexts = []
+    servers = ExitStack()
 
-    def start(fault=None, token=TOKEN) -> UploadHub:
+    def start(fault=None) -> UploadHub:
         server = UploadHub(fault)
-        context = receiving(server)
-        contexts.append(context)
-        monkeypatch.setattr(constants, "ENDPOINT", context.__enter__())
+        monkeypatch.setattr(constants, "ENDPOINT", servers.enter_context(receiving(server)))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
-        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         quick = SimpleNamespace(sleep=lambda seconds: None)
         monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
         monkeypatch.setattr("scripts.hub.BREATH", 0.0)
         return server
 
-    yield start
-    for context in contexts:
-        context.__exit__(None, None, None)
+    with servers:
+        yield start
 
 
 def run(cfg: Config, *options: str) -> None:
@@ -175,15 +165,11 @@ def test_what_is_sent_is_what_loads_and_what_tells(finished, hub, what, own, cap
     name, repo = server.repos.popitem()
     assert repo["private"] and f'from_pretrained("{name}"' in files["README.md"].decode()
     assert f"/{OWNER}/SmolLM2-135M-Instruct-dpo-grounded" in capsys.readouterr().out
-
-
-def test_the_adapter_names_its_base_as_the_hub_does(finished, hub):
-    server = hub()
-    run(finished, "--send")
-    settings = json.loads(sent(server)["adapter_config.json"])
-    assert settings == {"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "r": 16}
-    kept = json.loads((finished.run_dir / "adapter" / "adapter_config.json").read_text())
-    assert kept["base_model_name_or_path"] == "/somewhere/converted/model"  # the run's own stays
+    if what == "adapter":  # it names its base as the hub does; the run's own stays
+        settings = json.loads(files["adapter_config.json"])
+        assert settings == {"base_model_name_or_path": BASE, "r": 16}
+        kept = json.loads((finished.run_dir / "adapter" / "adapter_config.json").read_text())
+        assert kept["base_model_name_or_path"] == "/somewhere/converted/model"
 
 
 # --- the card
@@ -192,21 +178,26 @@ def test_the_adapter_names_its_base_as_the_hub_does(finished, hub):
 def test_the_card_tells_the_whole_run(finished):
     card = make_parcel(finished, "adapter").card
     text = card.content
-    for head in ("How to use it", "Data", "How it was trained", "What was measured",
-                 "What it is not for", "Versions", "Licence"):  # fmt: skip
-        assert f"\n## {head}\n" in text
     assert card.text.strip().startswith("# SmolLM2-135M-Instruct-dpo-grounded-lora\n")
-    assert "| right, nothing wrong or made up | 0.14 [0.09, 0.19] | 0.67 [0.62, 0.72] |" in text
-    assert "| base, asked to be brief | 0.30 [0.25, 0.35] |" in text
-    assert "| win rate | 0.80 [0.75, 0.85] |" in text
-    assert "| exact answers up by at least 0.20 | met |" in text
-    assert "`data/grounded` (digest of its files: `6829e300f940ba15`)" in text
-    assert "57 optimiser steps" in text and "learning_rate: 0.0002" in text
-    assert "| torch | 2.13.0 |" in text
-    assert "output_dir" not in text and str(finished.run_dir) not in text
+    for line in (
+        "| right, nothing wrong or made up | 0.14 [0.09, 0.19] | 0.67 [0.62, 0.72] |",
+        "| base, asked to be brief | 0.30 [0.25, 0.35] |",
+        "| win rate | 0.80 [0.75, 0.85] |",
+        "| exact answers up by at least 0.20 | met |",
+        "`data/grounded` (digest of its files: `6829e300f940ba15`)",
+        "57 optimiser steps",
+        "| torch | 2.13.0 |",
+        "## What it is not for\n",
+    ):
+        assert line in text
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    saved = yaml.safe_load((finished.run_dir / "config.yaml").read_text())
+    assert {"beta", "loss_type", "lora_r", "lora_dropout", "seed", "load_in_4bit"} <= set(shown)
+    assert shown.items() <= saved.items() and "output_dir" not in shown
+    assert str(finished.run_dir) not in text
     data = card.data
     assert (data.license, data.library_name) == ("apache-2.0", "peft")
-    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data.base_model == BASE
     exact = next(r for r in data.eval_results if r.metric_type == "exact")
     assert (exact.dataset_type, data.datasets) == ("grounded", None)  # it is none of the hub's
     assert exact.metric_value == 0.67 and exact.metric_args["interval_95"] == [0.62, 0.72]
@@ -214,35 +205,29 @@ def test_the_card_tells_the_whole_run(finished):
 
 
 def test_the_card_says_where_the_model_got_worse_and_what_it_cannot(finished):
-    lines = limits(FIGURES)
-    assert any("said so in 0% of such cases" in line for line in lines)
-    assert any(line.startswith("Missed aim: key facts of plain questions") for line in lines)
-    worse = got_worse(FIGURES)
-    assert [line.split(":")[0] for line in worse] == [
-        "base-model loss per token", "key facts mentioned, on plain questions",
-    ]  # fmt: skip
+    told = "\n".join(limits(FIGURES))
+    assert "said so in 0% of such cases" in told
+    assert "Missed aim: key facts of plain questions fall by no more than 0.10 (missed)." in told
+    worse = re.findall("Worse than the base model: (.*?):", told)
+    assert worse == ["base-model loss per token", "key facts mentioned, on plain questions"]
     better = FIGURES | {"measures": {"exact": measure(0.1, 0.9)}, "beside": {}, "targets": {}}
-    assert got_worse(better) == [] and limits(better) == []
+    assert limits(better) == []
 
 
 def test_a_run_that_was_not_evaluated_says_so(finished):
     (finished.run_dir / "evaluation.json").unlink()
     card = make_parcel(finished, "adapter").card
     assert "this run was not evaluated" in card.content and card.data.eval_results is None
-    (finished.run_dir / "evaluation.json").write_text("{")
-    with pytest.raises(CardError, match=r"damaged; python -m scripts\.evaluate"):
-        read_figures(finished.run_dir)
 
 
-def test_the_hubs_validator_reads_the_card_before_anything_is_made(finished, hub):
+def test_the_hub_checks_the_card_before_anything_is_uploaded(finished, hub):
     server = hub()
     parcel = make_parcel(finished, "adapter", repo=f"{OWNER}/mine")
-    bad = ModelCard(parcel.card.content.replace("license: apache-2.0", "license: my-own"))
-    with pytest.raises(PushError, match=r"does not take the card.*license"):
-        send(Parcel(parcel.folder, parcel.repo, bad, True))
-    assert server.repos == {} and server.count("repos/create") == 0
-    send(parcel)
-    assert server.count("validate-yaml") >= 2
+    readme = parcel.folder / "README.md"
+    readme.write_text(readme.read_text().replace("license: apache-2.0", "license: my-own"))
+    with pytest.raises(PushError, match=r"\(400\).*license"):
+        send(parcel)
+    assert server.objects == {} and sent(server) == {}
 
 
 # --- licences and names
@@ -265,16 +250,10 @@ def test_a_llama3_is_named_and_licensed_as_its_licence_has_it(finished_llama3, t
     assert card_errors(card.content) == []
 
 
-@pytest.mark.parametrize(
-    ("given", "proposed"),
-    [
-        ("someone/my-model", "someone/Llama-3-my-model"),
-        ("someone/Llama-3.1-mine", "someone/Llama-3-Llama-3.1-mine"),
-    ],
-)
-def test_another_beginning_is_refused_with_a_name_that_would_do(finished_llama3, given, proposed):
-    with pytest.raises(InputError, match=f"`Llama-3`; take {proposed}$"):
-        make_parcel(finished_llama3, "adapter", repo=given)
+@pytest.mark.parametrize("given", ["my-model", "Llama-3.1-mine"])
+def test_another_beginning_is_refused_with_a_name_that_would_do(finished_llama3, given):
+    with pytest.raises(InputError, match=f"`Llama-3`; take someone/Llama-3-{given}$"):
+        make_parcel(finished_llama3, "adapter", repo=f"someone/{given}")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +286,7 @@ def test_a_llama3_in_a_folder_goes_by_its_licence_too(tiny_cfg, tiny_llama3, tmp
     values = json.loads((base / "config.json").read_text()) | {"vocab_size": 128_256}
     (base / "config.json").write_text(json.dumps(values))
     cfg = fill(tiny_cfg(model_name_or_path=str(base)))
-    with pytest.raises(CardError, match="my-base has none of LICENSE"):
+    with pytest.raises(InputError, match="my-base has no LICENSE"):
         make_parcel(cfg, "merged")
     (base / "LICENSE").write_text("the agreement")
     parcel = make_parcel(cfg, "merged")
@@ -316,30 +295,24 @@ def test_a_llama3_in_a_folder_goes_by_its_licence_too(tiny_cfg, tiny_llama3, tmp
     assert "**Built with Meta Llama 3**" in parcel.card.text
 
 
-def test_a_licence_that_is_not_known_is_asked_for(endpoint):
-    card = {"id": "a/b", "sha": "1", "cardData": {"license": "gemma"}, "tags": [], "downloads": 0}
-    endpoint(lambda path, body: (200, {}, json.dumps(card).encode()))
-    assert terms_of("a/b").licence == "gemma"
-    endpoint(lambda path, body: (404, {"X-Error-Code": "RepoNotFound"}, b""))
-    for base in ("a/b", "a-folder"):
-        with pytest.raises(CardError, match=r"not known.*--licence"):
-            terms_of(base)
+def test_a_licence_that_is_not_known_is_asked_for():
+    with pytest.raises(InputError, match=r"not known here: give it with --licence"):
+        terms_of("a/b")
+    assert terms_of("a/b", given="gemma").licence == "gemma"
 
 
 def test_a_licence_that_wants_a_copy_is_not_sent_without(finished_llama3, endpoint, monkeypatch):
     url = endpoint(lambda path, body: (403, {"X-Error-Code": "GatedRepo"}, b""))
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    with pytest.raises(CardError, match="give one with --licence-file"):
+    with pytest.raises(InputError, match="give it with --licence-file"):
         make_parcel(finished_llama3, "adapter")
 
 
 def test_names_come_from_base_and_data(finished):
-    base, on_hub = base_name(finished, None)
-    assert on_hub
-    assert repo_for(finished, "merged", base, terms_of(base), None) == (
-        "SmolLM2-135M-Instruct-dpo-grounded"
-    )
+    assert base_name(finished, None) == BASE
+    name = repo_for(finished, "merged", BASE, terms_of(BASE), None)
+    assert name == "SmolLM2-135M-Instruct-dpo-grounded"
     with pytest.raises(InputError, match="--repo"):
         make_parcel(finished, "merged", repo="a/b/c")
     with pytest.raises(InputError, match="--base takes a name"):
@@ -374,14 +347,20 @@ def test_no_secret_of_the_environment_is_in_card_or_files(finished, hub, monkeyp
         monkeypatch.setenv(name, value)
     run(finished, "--send")
     everything = b"".join(sent(server).values()) + capsys.readouterr().out.encode()
-    for path in (finished.run_dir / "hub").rglob("*"):
-        everything += path.read_bytes() if path.is_file() else b""
-    assert len(everything) > 300_000
+    assert len(everything) > 100_000
     assert not any(value.encode() in everything for value in CANARIES.values())
 
 
-@pytest.mark.parametrize("name", [*CANARIES, "netrc"])
-@pytest.mark.parametrize("where", ["evaluation.json", "adapter/chat_template.jinja", "header"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("HF_TOKEN", "evaluation.json"),
+        ("WANDB_API_KEY", "header"),
+        ("MY_DB_PASSWORD", "adapter/chat_template.jinja"),
+        ("UNNAMED", "adapter/chat_template.jinja"),
+        ("netrc", "evaluation.json"),
+    ],
+)
 def test_a_secret_in_what_would_be_sent_is_refused(
     finished, hub, monkeypatch, tmp_path, name, where
 ):
@@ -410,7 +389,7 @@ def test_a_place_of_this_machine_is_refused(finished, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     template = finished.run_dir / "adapter" / "chat_template.jinja"
     template.write_text("{# from /home/somebody/models #}")
-    with pytest.raises(PushError, match=r"chat_template\.jinja, line 1, names a place"):
+    with pytest.raises(PushError, match=r"chat_template\.jinja, line 1, holds a path of this"):
         make_parcel(finished, "adapter")
 
 
@@ -424,11 +403,9 @@ def always(status: int, where: str, words: str = "no"):
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (always(401, "whoami", "Invalid credentials"), r"does not know your token \(401\)"),
-        (always(403, "create", "no rights in this namespace"), r"may not write to .*no rights in"),
+        (always(401, "whoami", "Invalid credentials"), r"refuses \(401\).*check at .*your token"),
         (always(403, "preupload", "storage limit reached"), r"\(403\).*storage limit reached"),
-        (always(413, "commit", "Payload too large"), r"size \(413\).*push --what adapter"),
-        (always(422, "create", "bad name"), r"refuses with 422.*bad name"),
+        (always(413, "commit", "Payload too large"), r"\(413\).*Payload too large"),
         (always(500, "create"), r"the hub fails \(500\), 4 times in a row"),
     ],
 )
@@ -459,7 +436,7 @@ def test_a_repository_that_holds_something_is_left_alone(finished, hub):
     server = hub()
     name = f"{OWNER}/SmolLM2-135M-Instruct-dpo-grounded-lora"
     server.repos[name] = {"private": True, "files": {"README.md": b"mine", "other.bin": b"1"}}
-    with pytest.raises(PushError, match=r"exists, with 2 files.*--update"):
+    with pytest.raises(PushError, match=r"holds 2 files.*--update"):
         run(finished, "--send")
     assert sent(server)["README.md"] == b"mine"
     run(finished, "--send", "--update")
@@ -469,7 +446,7 @@ def test_a_repository_that_holds_something_is_left_alone(finished, hub):
 def test_a_public_repository_is_not_taken_for_a_private_one(finished, hub):
     server = hub()
     server.repos[f"{OWNER}/mine"] = {"private": False, "files": {}}
-    with pytest.raises(PushError, match="exists and is public: say --public"):
+    with pytest.raises(PushError, match="is public: add --public"):
         run(finished, "--send", "--repo", f"{OWNER}/mine")
     run(finished, "--send", "--repo", f"{OWNER}/mine", "--public")
     assert len(sent(server)) == 8
@@ -485,7 +462,7 @@ def test_an_upload_that_breaks_off_goes_on_at_the_second_call(finished, hub):
         return "cut" if method == "PUT" and lost in path and not healed else None
 
     server = hub(cut)
-    with pytest.raises(PushError, match=r"broke off \(.*the same command with --update") as error:
+    with pytest.raises(PushError, match=r"broke off \(.*the same command goes on") as error:
         run(finished, "--send", "--what", "merged")
     assert TOKEN not in str(error.value)
     assert lost not in server.objects and not sent(server)
@@ -509,14 +486,3 @@ def test_what_is_missing_is_told_before_anything_is_done(finished):
     shutil.rmtree(finished.run_dir / "adapter")
     with pytest.raises(RecipeError, match="no adapter"):
         make_parcel(finished, "adapter")
-
-
-def test_the_settings_of_the_card_are_those_of_the_config(finished):
-    block = re.search(
-        r"```yaml\n(.*?)```", make_parcel(finished, "adapter").card.content, re.DOTALL
-    )[1]
-    shown = yaml.safe_load(block)
-    saved = yaml.safe_load((finished.run_dir / "config.yaml").read_text())
-    both = set(shown) & set(saved)
-    assert {"beta", "loss_type", "lora_r", "seed", "load_in_4bit"} <= both
-    assert all(shown[key] == saved[key] for key in both)

@@ -7,13 +7,12 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
 import yaml
+from loopback import Quiet, serving
 
 TOKEN = "hf_" + "uploadCANARY" * 3
 OWNER = "someone"
@@ -26,17 +25,13 @@ LICENCES = ("apache-2.0", "mit", "llama3", "llama3.1", "llama3.2", "llama3.3", "
 def card_errors(content: str) -> list[str]:
     """What of https://github.com/huggingface/hub-docs/blob/main/modelcard.md a card lacks."""
     block = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
-    values = yaml.safe_load(block[1]) if block else None
-    if not isinstance(values, dict):
-        return ["no metadata"]
+    values = (yaml.safe_load(block[1]) if block else None) or {}
     errors = []
     if values.get("license") not in LICENCES:
         errors.append(f'"license" must be one of {LICENCES}')
-    for key in ("base_model", "datasets"):
-        names = values.get(key) or []
-        for name in [names] if isinstance(names, str) else names:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-                errors.append(f'"{key}" is no repository: {name}')
+    for name in (values.get("base_model"), *(values.get("datasets") or [])):
+        if name is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            errors.append(f"no repository: {name}")
     for model in values.get("model-index") or []:
         if not isinstance(model.get("name"), str) or not model.get("results"):
             errors.append('"model-index[].name" and results are required')
@@ -128,9 +123,7 @@ class UploadHub:
 def receiving(hub: UploadHub) -> Iterator[str]:
     """The address of a server that answers as `hub`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(Quiet):
         def respond(self) -> None:
             path = unquote(urlparse(self.path).path)
             before = hub.asked.count((self.command, path))
@@ -139,14 +132,13 @@ def receiving(hub: UploadHub) -> Iterator[str]:
             length = int(self.headers.get("Content-Length") or 0)
             if fault == "cut":
                 self.rfile.read(length // 2)
-                self.close_connection = True
                 self.connection.close()
                 return
             body = self.rfile.read(length)
             allowed = path.startswith(("/store", "/api/validate")) or (
                 self.headers.get("Authorization") == f"Bearer {TOKEN}"
             )
-            if isinstance(fault, tuple):
+            if fault:
                 status, answer = fault[0], {"error": fault[1]}
             elif not allowed:
                 status, answer = 401, {"error": "Invalid username or password."}
@@ -162,19 +154,9 @@ def receiving(hub: UploadHub) -> Iterator[str]:
 
         do_GET = do_POST = do_PUT = respond
 
-        def log_message(self, *args) -> None:
-            pass
-
         def handle(self) -> None:
             with suppress(OSError, ValueError):  # the connection that a "cut" closed
                 super().handle()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serving(Handler) as hub.url:
         yield hub.url
-    finally:
-        server.shutdown()
-        server.server_close()
