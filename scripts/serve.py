@@ -132,7 +132,7 @@ def write_serving(
 ) -> tuple[Path, list[str]]:  # fmt: skip
     """Write `serve/` into the run folder: Modelfile, the adapter for vLLM and NIM, README.
 
-    Returns the folder, and remarks on what could not be written or differs there.
+    Returns the folder, and remarks on what differs there.
 
     Raises:
         RecipeError: nothing is merged yet, or a Modelfile cannot hold the chat template.
@@ -150,10 +150,8 @@ def write_serving(
         modelfile(cfg, tokenizer, turns, f"../../{source.relative_to(run)}", system), "utf-8"
     )
     base, rank = cfg.model.model_name_or_path, None
-    if problem := adapter_problem(cfg):
-        remarks.append(f"no adapter for vLLM and NIM: {problem}")
-    else:
-        rank = next(rank for rank in VLLM_RANKS if rank >= cfg.model.lora_r)
+    if cfg.model.use_peft:
+        rank = next((rank for rank in VLLM_RANKS if rank >= cfg.model.lora_r), cfg.model.lora_r)
         source, target = trained_folder(cfg), folder / "loras" / name
         target.mkdir(parents=True)
         shutil.copyfile(source / "adapter_model.safetensors", target / "adapter_model.safetensors")
@@ -184,18 +182,6 @@ def modelfile(
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0",
               f"PARAMETER num_ctx {length}"]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def adapter_problem(cfg: Config) -> str | None:
-    """Why vLLM and NIM cannot take the adapter by itself, if they cannot."""
-    model = cfg.model
-    if not model.use_peft:
-        return "the run has no adapter"
-    if model.use_dora or model.lora_modules_to_save:
-        return "DoRA and lora_modules_to_save are more than A and B; serve the merged model"
-    if model.lora_r > VLLM_RANKS[-1]:
-        return f"rank {model.lora_r} is above vLLM's {VLLM_RANKS[-1]}; serve the merged model"
-    return None
 
 
 # The check

@@ -162,12 +162,10 @@ def test_files_for_ollama_vllm_and_nim(merged):
     text = (folder / "ollama" / "Modelfile").read_text()
     assert text.startswith(f"FROM ../../gguf/{cfg.run_dir.name}-q8_0.gguf\n")
     assert "SYSTEM" not in text  # the template has none of its own
-    for rank, dora, why in ((416, False, None), (1024, False, "rank 1024"), (16, True, "DoRA")):
-        cfg.model.lora_r, cfg.model.use_dora = rank, dora
-        folder, remarks = write_serving(cfg, tokenizer)
-        commands = (folder / "README.md").read_text()
-        assert why is None or any(why in remark for remark in remarks)
-        assert (folder / "loras").exists() == ("--max-lora-rank 512" in commands) == (why is None)
+    cfg.model.use_peft = False
+    folder, _ = write_serving(cfg, tokenizer)
+    commands = (folder / "README.md").read_text()
+    assert not (folder / "loras").exists() and "lora" not in commands
 
 
 def test_nothing_is_written_before_the_merge(tiny_cfg):
@@ -205,23 +203,19 @@ def evaluated(tiny_cfg):
     return cfg, write_replies(cfg, *PROMPTS)
 
 
-def test_a_faithful_server_gives_the_same_replies(loopback, evaluated, tiny_llama3):
-    cfg, probe = evaluated
-    frame = served_replies(server(loopback(faithful)), cfg, probe, None)
-    assert frame["same"].all() and frame["served"].tolist() == frame["kept"].tolist()
-    shown = agreement(frame, probe, load_tokenizer(str(tiny_llama3)))
-    assert "3 of 3 replies" in shown and "run:" not in shown
-    assert len(served_replies(server(loopback(faithful)), cfg, probe, 2)) == 2
-
-
-def test_what_differs_is_counted_and_shown(loopback, evaluated, tiny_llama3):
+def test_replies_are_compared_with_the_runs_own(loopback, evaluated, tiny_llama3):
     def half(path, body):
         return completion("Something else.") if b"Two?" in body else faithful(path, body)
 
-    cfg, probe = evaluated
+    (cfg, probe), tokenizer = evaluated, load_tokenizer(str(tiny_llama3))
+    frame = served_replies(server(loopback(faithful)), cfg, probe, None)
+    assert frame["same"].all() and frame["served"].tolist() == frame["kept"].tolist()
+    shown = agreement(frame, probe, tokenizer)
+    assert "3 of 3 replies" in shown and "run:" not in shown
+    assert len(served_replies(server(loopback(faithful)), cfg, probe, 2)) == 2
     frame = served_replies(server(loopback(half)), cfg, probe, None)
     assert frame["same"].tolist() == [True, False, True]
-    shown = agreement(frame, probe, load_tokenizer(str(tiny_llama3)))
+    shown = agreement(frame, probe, tokenizer)
     assert "2 of 3 replies" in shown and "'Something else.'" in shown
     assert "0.667" in shown  # exact, by the checker, where the run's own is 1
 
