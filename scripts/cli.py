@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
-import select
 import signal
 import sys
 import time
@@ -24,8 +24,71 @@ from typing import Any
 
 from scripts.base import CTRL_C, DEFAULT_CONFIG, ROOT, STOPPED, RecipeError, disk_is_full, one_line
 
-COMMANDS: dict[str, str] = {}  # what `python -m scripts` lists: name and purpose
-OPTIONS: dict[str, Callable[[Callable], None]] = {}  # of each command, and of its actions
+ERRORS = Path("outputs/errors")  # tracebacks of errors that we did not foresee
+UNREAD = 141  # 128 + SIGPIPE
+AGAIN = "the same command starts again or continues"
+
+# ---- the commands ----
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable:
+    """The type of an option that takes an int or float from `least` to `most`.
+
+    Example:
+        >>> number(int, 1)("3")
+        3
+    """
+
+    def read(text: str) -> Any:
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        end = f" to {most:g}" if most < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be {what} from {least:g}{end}, got {text!r}")
+
+    return read
+
+
+def json_object(text: str) -> dict:
+    """The type of an option that takes a JSON object."""
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+
+
+def option(*names: str, **how: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """One option, as `ArgumentParser.add_argument` takes it."""
+    return names, how
+
+
+def judge(help: str, *choices: str) -> list:
+    """The options that say who compares replies, and where a judge that is a model is found."""
+    return [
+        option("--judge", choices=choices, default=choices[0], help=help),
+        option("--judge-model", help="the reward model, or the endpoint's model"),
+        option("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1"),
+    ]
+
+
+COMMANDS = {  # what `python -m scripts` lists
+    "data": "look at preference pairs, check them, or build your own",
+    "model": "say where the model comes from; for the default, fetch and convert it once",
+    "preflight": "check in seconds what would otherwise fail after a long download",
+    "training": "train the adapter and save it",
+    "run": "execute the notebook headless and print what came of it",
+    "plan": "memory, fit, time and cost of a run, from its config alone",
+    "evaluate": "measure a finished run's tuned model against its base model",
+    "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",
+    "serve": "ask a server of the tuned model the held-out questions, and compare its replies",
+    "chat": "ask a finished run's base and tuned model side by side, and keep what you prefer",
+    "benchmark": "time and memory of a DPO step against TRL's own trainer",
+    "doctor": "say in words what happened in a finished run, with the evidence and what to try",
+    "compare": "show two runs side by side: settings, figures with intervals, curves",
+    "lessons": "train short runs that go wrong, and their cures, for the notebook to draw",
+    "launchable": "check the Brev launchable, and print the clicks that make it",
+}
 
 # Commands and actions of earlier versions, and what does their work now.
 GONE = {
@@ -40,103 +103,147 @@ GONE = {
     "launchable render": "brev-launchable.yaml is a plain Docker Compose file",
 }
 
-ERRORS = Path("outputs/errors")  # tracebacks of errors that we did not foresee
-UNREAD = 141  # 128 + SIGPIPE
-AGAIN = "the same command starts again or continues"
+COUNT = number(int, 1)
+CONFIG = [
+    option("--config", default=DEFAULT_CONFIG, help="the run's YAML file"),
+    option("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+           help="replace a value of the config; may be repeated"),
+    option("--output-dir", help="the run folder (default: the config's)"),
+]  # fmt: skip
+RUN = [
+    *CONFIG,
+    option("--resume", action="store_true", help="continue from the newest whole checkpoint, or "
+           "fail"),
+    option("--overwrite", action="store_true",
+           help="start over; what an earlier run left in the run folder is set aside"),
+]  # fmt: skip
+MERGE = [*CONFIG, option("--rows", type=COUNT, default=8, help="held-out answers to score")]
+QUESTIONS = option("--questions", type=number(int, 0),
+                   help="so many of the evaluation's prompts (default: all)")  # fmt: skip
+SERVE = [
+    *CONFIG,
+    option("--url", required=True, help="the server, e.g. http://localhost:8000/v1"),
+    option("--model", help="the model's name there (default: the only one that it lists)"),
+    option("--workers", type=COUNT, default=4, help="questions asked at a time"),
+    option("--timeout", type=number(float, 0.1, 1e5), default=120.0, help="seconds for a reply"),
+    option("--body", type=json_object, default={}, metavar="JSON",
+           help='more of each request, e.g. \'{"repeat_penalty": 1}\', where a server penalizes '
+           "repetition unasked"),
+    option("--least-same", type=number(float, 0, 1), default=0.0,
+           help="fail if a smaller share of the replies is the run's own"),
+    QUESTIONS,
+]  # fmt: skip
+OPTIONS = {  # of each command, and of its actions
+    "data": CONFIG,
+    "data look": CONFIG,
+    "data check": CONFIG,
+    "data build": [
+        *CONFIG,
+        option("--prompts", type=Path, required=True, help="JSON lines with `prompt`"),
+        option("--out", type=Path, default=Path("outputs/pairs"), help="folder to fill"),
+        option("--samples", default="plain=4,brief=2,accurate=2", help="answers by style"),
+        option("--max-new-tokens", type=COUNT, default=192, help="cap on an answer"),
+        option("--temperature", type=number(float, 0, 10), default=0.7,
+               help="0 is greedy, 1 the model's own"),
+        option("--top-p", type=number(float, 0.01, 1), default=0.9,
+               help="sample from the likeliest tokens of this share"),
+        option("--batch-size", type=COUNT, default=64, help="answers sampled at a time"),
+        option("--seed", type=number(int, 0), default=0, help="of the sampling"),
+        option("--backend", choices=["auto", "transformers", "vllm"], default="auto",
+               help="auto: vLLM where it is installed and there is a GPU"),
+        *judge("who pairs them", "rule", "checker", "reward", "endpoint"),
+        option("--level", help="of passages: only those of this level"),
+        option("--pairs-per-prompt", type=COUNT, default=1, help="endpoint: at most so many"),
+        option("--least-gap", type=float, default=0.0, help="reward: nearer is a tie"),
+    ],
+    "model": CONFIG,
+    "preflight": CONFIG,
+    "training": RUN,
+    "run": RUN,
+    "plan": [
+        *CONFIG,
+        option("--pairs", type=COUNT, help="training pairs (default: train_samples)"),
+        option("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time"),
+    ],
+    "evaluate": [
+        *CONFIG,
+        *judge("who compares the replies of base and tuned", "checker", "reward", "endpoint"),
+        # What a judge of pairs wants to know.
+        option("--least-gap", default=0.0, help=argparse.SUPPRESS),
+        option("--pairs-per-prompt", default=1, help=argparse.SUPPRESS),
+    ],
+    "export": MERGE,
+    "export merge": MERGE,
+    "export prove": [*MERGE, QUESTIONS],
+    "export gguf": [
+        *MERGE,
+        QUESTIONS,
+        option("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"], help="files to write",
+               choices=["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]),
+    ],
+    "export serve-files": [
+        *CONFIG,
+        option("--name", help="what the servers call the model (default: the run's name)"),
+        option("--system", help="system prompt (default: the chat template's own)"),
+    ],
+    "export push": [
+        *CONFIG,
+        option("--what", choices=["adapter", "merged"],
+               help="what to send (default: the adapter, where there is one)"),
+        option("--repo", metavar="[OWNER/]NAME", help="the repository (default: from base and "
+               "data)"),
+        option("--public", action="store_true", help="anyone may see it; else it is private"),
+        option("--send", action="store_true", help="send it; else it is only shown"),
+        option("--update", action="store_true", help="also into a repository that holds something"),
+        option("--base", metavar="OWNER/MODEL",
+               help="the hub's name of a base model that was a folder"),
+        option("--licence",
+               help="the base model's licence, by the hub's identifier, if it is not known"),
+        option("--licence-file", type=Path,
+               help="its text, where the licence wants a copy sent along"),
+    ],
+    "serve": SERVE,
+    "serve check": SERVE,
+    "chat": [
+        *CONFIG,
+        option("--web", action="store_true", help="in a browser on this machine (needs gradio)"),
+        option("--port", type=COUNT, help="with --web: the port (default: a free one)"),
+        option("--system", help="a system prompt to begin with"),
+    ],
+    "benchmark": [
+        *CONFIG,
+        option("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)"),
+        option("--repeats", type=COUNT, default=3, help="processes a case and way to train"),
+        option("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"],
+               help="how the weights are held"),
+        option("--profile", metavar="CASE", help="only profile prefix sharing on CASE"),
+        option("--no-growth", action="store_true", help="leave out how time grows"),
+        option("--child", help=argparse.SUPPRESS),  # one measurement, in a process of its own
+    ],
+    "doctor": [option("folder", type=Path, metavar="RUN_FOLDER", help="outputs/<run name>")],
+    "compare": [
+        option("run_a", type=Path, metavar="RUN_A", help="outputs/<run name>"),
+        option("run_b", type=Path, metavar="RUN_B", help="the other run's folder"),
+        option("--figure", type=Path, help="write the curves of both as a PNG"),
+    ],
+    "lessons": [
+        *CONFIG,
+        option("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write"),
+        option("--arms", nargs="*", help="only these: alone, sft, sft_fifth, lopsided, norm"),
+        option("--pairs", type=COUNT, default=32, help="pairs to train on"),
+        option("--held-out", type=COUNT, default=40, help="held-out pairs to score"),
+        option("--epochs", type=COUNT, default=2, help="passes over the pairs"),
+        option("--prompts", type=COUNT, default=16, help="held-out prompts to reply to"),
+        option("--max-new-tokens", type=COUNT, default=64, help="cap on a reply"),
+    ],
+    "launchable": [
+        option("--file", type=Path, default=ROOT / "brev-launchable.yaml", help="the Compose file"),
+        option("--repository", help="public git address (default: the file's)"),
+    ],
+}  # fmt: skip
 
 
-def start(name: str) -> None:
-    """Run the command `name` with the options of the command line, and exit."""
-
-    def parse_and_run() -> None:
-        args = parse(name)
-        importlib.import_module(f"scripts.{name}").main(args)
-
-    command(parse_and_run)
-    sys.exit()
-
-
-def command(main: Callable[..., None], *arguments) -> None:
-    """Run `main` as a program: whatever ends it early is one line and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        main(*arguments)
-        if sys.stdout is not None:  # closed by whoever started us
-            sys.stdout.flush()
-    except BrokenPipeError as error:
-        if not _is_unread():  # another pipe broke
-            _unforeseen(error)
-        _unread(error)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        _interrupted(error)
-    except Exception as error:
-        if disk_is_full(error):
-            sys.exit(f"error: no room to write a file: {error}; make room and run it again")
-        _unforeseen(error)
-
-
-def _terminated(signum, frame) -> None:
-    """What a command does on SIGTERM while it does not train."""
-    print(f"error: stopped by SIGTERM; {AGAIN}", file=sys.stderr)
-    sys.exit(STOPPED)
-
-
-def _interrupted(error: KeyboardInterrupt) -> None:
-    """End after Ctrl-C. A command that says what it kept has put its work away: it ends at once,
-    without the seconds that torch takes to tidy up."""
-    print(error if error.args else f"\nstopped by Ctrl-C; {AGAIN}", file=sys.stderr, flush=True)
-    if error.args:
-        sys.stdout.flush()
-        os._exit(CTRL_C)
-    sys.exit(CTRL_C)
-
-
-def _is_unread() -> bool:
-    """Whether nobody reads our output any more, as after `| head`."""
-    poll = select.poll()
-    for stream in (1, 2):
-        poll.register(stream, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _unread(error: BrokenPipeError) -> None:
-    """End a command whose output nobody reads."""
-    line = f"error: what reads this command's output has gone (broken pipe){_notes(error)}"
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-    for stream in (1, 2):  # what is buffered must not fail again at the interpreter's end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    sys.exit(UNREAD)
-
-
-def _notes(error: Exception) -> str:
-    """What a training that `error` broke off says of its checkpoints, to end a line with."""
-    return "".join(f". {note}" for note in getattr(error, "__notes__", []))
-
-
-def _unforeseen(error: Exception) -> None:
-    """End after an error that we have no line for: say where, and keep the traceback in a file."""
-    name = Path(sys.argv[0]).stem
-    ours = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename).is_relative_to(ROOT / "scripts") and frame.filename != __file__
-    ]
-    where = f" in {ours[-1].name} ({Path(ours[-1].filename).relative_to(ROOT)})" if ours else ""
-    file = ERRORS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}.txt"
-    text = "".join(traceback.format_exception(error))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as opened:  # one file for all processes of a run
-            opened.write(text)
-        kept = f"the traceback is in {file}"
-    except OSError:
-        kept = f"the traceback could not be written to {file}"
-    kind = type(error).__name__
-    sys.exit(f"error: {name} failed{where}: {kind}: {one_line(error)}; {kept}{_notes(error)}")
+# ---- reading the command line ----
 
 
 def refuse_gone(words: list[str]) -> None:
@@ -165,230 +272,100 @@ def parse(name: str, arguments: list[str] | None = None) -> argparse.Namespace:
         description=f"{purpose[0].upper()}{purpose[1:]}.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    OPTIONS[full_name](parser.add_argument)
+    for names, how in OPTIONS[full_name]:
+        parser.add_argument(*names, **how)
     options = parser.parse_args(words)
     options.action = action or {"data": "look", "export": "merge"}.get(name, "")
     return options
 
 
-def number(kind: type, least: float, most: float = 1e9, *, above: bool = False) -> Callable:
-    """The type of an option that takes an int or float from `least`, or only above it, to `most`.
-
-    Example:
-        >>> number(int, 1)("3")
-        3
-    """
-
-    def read(text: str) -> Any:
-        with suppress(ValueError):
-            value = kind(text)
-            if least <= value <= most and not (above and value == least):
-                return value
-        what = "a whole number" if kind is int else "a number"
-        start = f"above {least:g}" if above else f"from {least:g}"
-        raise argparse.ArgumentTypeError(f"must be {what} {start} to {most:g}, got {text!r}")
-
-    return read
+# ---- running a command ----
 
 
-COUNT = number(int, 1)
+def start(name: str) -> None:
+    """Run the command `name` with the options of the command line, and exit."""
+
+    def parse_and_run() -> None:
+        args = parse(name)
+        importlib.import_module(f"scripts.{name}").main(args)
+
+    command(parse_and_run)
+    sys.exit()
 
 
-def json_object(text: str) -> dict:
-    """The type of an option that takes a JSON object."""
-    with suppress(ValueError):
-        if isinstance(value := json.loads(text), dict):
-            return value
-    raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+def command(main: Callable[..., None], *arguments) -> None:
+    """Run `main` as a program: whatever ends it early is one line and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        main(*arguments)
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        _unread(error)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        _interrupted(error)
+    except Exception as error:
+        if disk_is_full(error):
+            sys.exit(f"error: no room to write a file: {error}; make room and run it again")
+        _unforeseen(error)
 
 
-def offers(name: str, purpose: str = "") -> Callable:
-    """Offer the command `name`, or one of its actions, with the options that a function adds."""
-
-    def remember(options: Callable[[Callable], None]) -> Callable[[Callable], None]:
-        OPTIONS[name] = options
-        if purpose:
-            COMMANDS[name] = purpose
-        return options
-
-    return remember
+def _terminated(signum, frame) -> None:
+    """What a command does on SIGTERM while it does not train."""
+    print(f"error: stopped by SIGTERM; {AGAIN}", file=sys.stderr)
+    sys.exit(STOPPED)
 
 
-# The commands. `add` is a parser's `add_argument`.
+def _interrupted(error: KeyboardInterrupt) -> None:
+    """End after Ctrl-C. A command that says what it kept has put its work away: it ends at once,
+    without the seconds that torch takes to tidy up."""
+    print(error if error.args else f"\nstopped by Ctrl-C; {AGAIN}", file=sys.stderr, flush=True)
+    if error.args:
+        sys.stdout.flush()
+        os._exit(CTRL_C)
+    sys.exit(CTRL_C)
 
 
-@offers("data check")
-@offers("data look")
-@offers("data", "look at preference pairs, check them, or build your own")
-@offers("model", "say where the model comes from; for the default, fetch and convert it once")
-@offers("preflight", "check in seconds what would otherwise fail after a long download")
-def _config(add: Callable) -> None:
-    add("--config", default=DEFAULT_CONFIG, help="the run's YAML file")
-    add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config; may be repeated")  # fmt: skip
-    add("--output-dir", help="the run folder (default: the config's)")
+def _unread(error: BrokenPipeError) -> None:
+    """End a command whose output nobody reads any more, as after `| head`."""
+    line = f"error: what reads this command's output has gone (broken pipe){_notes(error)}"
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    for stream in (1, 2):  # what is buffered must not fail again at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    sys.exit(UNREAD)
 
 
-@offers("training", "train the adapter and save it")
-@offers("run", "execute the notebook headless and print what came of it")
-def _run(add: Callable) -> None:
-    _config(add)
-    add("--resume", action="store_true", help="continue from the newest whole checkpoint, or fail")
-    add("--overwrite", action="store_true",
-        help="start over; what an earlier run left in the run folder is set aside")  # fmt: skip
+def _notes(error: Exception) -> str:
+    """What a training that `error` broke off says of its checkpoints, to end a line with."""
+    return "".join(f". {note}" for note in getattr(error, "__notes__", []))
 
 
-@offers("plan", "memory, fit, time and cost of a run, from its config alone")
-def _plan(add: Callable) -> None:
-    _config(add)
-    add("--pairs", type=COUNT, help="training pairs (default: train_samples)")
-    add("--lengths", metavar="P/C/R", help="tokens of a usual pair, for the time")
+def _notes(error: Exception) -> str:
+    """What a training that `error` broke off says of its checkpoints, to end a line with."""
+    return "".join(f". {note}" for note in getattr(error, "__notes__", []))
 
 
-def _judge(add: Callable, choices: list[str], help: str) -> None:
-    """Who compares replies, and where a judge that is a model is found."""
-    add("--judge", choices=choices, default=choices[0], help=help)
-    add("--judge-model", help="the reward model, or the endpoint's model")
-    add("--judge-url", help="the endpoint, e.g. http://localhost:8000/v1")
-
-
-@offers("data build")
-def _build(add: Callable) -> None:
-    _config(add)
-    add("--prompts", type=Path, required=True, help="JSON lines with `prompt`")
-    add("--out", type=Path, default=Path("outputs/pairs"), help="folder to fill")
-    add("--samples", default="plain=4,brief=2,accurate=2", help="answers by style")
-    add("--max-new-tokens", type=COUNT, default=192, help="cap on an answer")
-    add("--temperature", type=number(float, 0, 10), default=0.7,
-        help="0 is greedy, 1 the model's own")  # fmt: skip
-    add("--top-p", type=number(float, 0, 1, above=True), default=0.9,
-        help="sample from the likeliest tokens of this share")  # fmt: skip
-    add("--batch-size", type=COUNT, default=64, help="answers sampled at a time")
-    add("--seed", type=number(int, 0), default=0, help="of the sampling")
-    add("--backend", choices=["auto", "transformers", "vllm"], default="auto",
-        help="auto: vLLM where it is installed and there is a GPU")  # fmt: skip
-    _judge(add, ["rule", "checker", "reward", "endpoint"], "who pairs them")
-    add("--level", help="of passages: only those of this level")
-    add("--pairs-per-prompt", type=COUNT, default=1, help="endpoint: at most so many")
-    add("--least-gap", type=number(float, -1e9), default=0.0, help="reward: nearer is a tie")
-
-
-@offers("evaluate", "measure a finished run's tuned model against its base model")
-def _evaluate(add: Callable) -> None:
-    _config(add)
-    _judge(add, ["checker", "reward", "endpoint"], "who compares the replies of base and tuned")
-    add("--least-gap", default=0.0, help=argparse.SUPPRESS)  # what a judge of pairs wants to know
-    add("--pairs-per-prompt", default=1, help=argparse.SUPPRESS)
-
-
-@offers("export merge")
-@offers("export", "merge a finished run's adapter into 16-bit weights, and prove the merge")
-def _export(add: Callable) -> None:
-    _config(add)
-    add("--rows", type=COUNT, default=8, help="held-out answers to score")
-
-
-def _questions(add: Callable) -> None:
-    add("--questions", type=number(int, 0),
-        help="so many of the evaluation's prompts (default: all)")  # fmt: skip
-
-
-@offers("export prove")
-def _prove(add: Callable) -> None:
-    _export(add)
-    _questions(add)
-
-
-@offers("export gguf")
-def _gguf(add: Callable) -> None:
-    _prove(add)
-    add("--types", nargs="+", default=["f16", "q8_0", "q4_k_m"], help="files to write",
-        choices=["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])  # fmt: skip
-
-
-@offers("export serve-files")
-def _serve_files(add: Callable) -> None:
-    _config(add)
-    add("--name", help="what the servers call the model (default: the run's name)")
-    add("--system", help="system prompt (default: the chat template's own)")
-
-
-@offers("export push")
-def _push(add: Callable) -> None:
-    _config(add)
-    add("--what", choices=["adapter", "merged"],
-        help="what to send (default: the adapter, where there is one)")  # fmt: skip
-    add("--repo", metavar="[OWNER/]NAME", help="the repository (default: from base and data)")
-    add("--public", action="store_true", help="anyone may see it; else it is private")
-    add("--send", action="store_true", help="send it; else it is only shown")
-    add("--update", action="store_true", help="also into a repository that holds something")
-    add("--base", metavar="OWNER/MODEL", help="the hub's name of a base model that was a folder")
-    add("--licence", help="the base model's licence, by the hub's identifier, if it is not known")
-    add("--licence-file", type=Path, help="its text, where the licence wants a copy sent along")
-
-
-@offers("serve check")
-@offers("serve", "ask a server of the tuned model the held-out questions, and compare its replies")
-def _serve(add: Callable) -> None:
-    _config(add)
-    add("--url", required=True, help="the server, e.g. http://localhost:8000/v1")
-    add("--model", help="the model's name there (default: the only one that it lists)")
-    add("--workers", type=COUNT, default=4, help="questions asked at a time")
-    add("--timeout", type=number(float, 0, 1e5, above=True), default=120.0,
-        help="seconds for a reply")  # fmt: skip
-    add("--body", type=json_object, default={}, metavar="JSON",
-        help='more of each request, e.g. \'{"repeat_penalty": 1}\', where a server penalizes '
-             "repetition unasked")  # fmt: skip
-    add("--least-same", type=number(float, 0, 1), default=0.0,
-        help="fail if a smaller share of the replies is the run's own")  # fmt: skip
-    _questions(add)
-
-
-@offers("chat", "ask a finished run's base and tuned model side by side, and keep what you prefer")
-def _chat(add: Callable) -> None:
-    _config(add)
-    add("--web", action="store_true", help="in a browser on this machine (needs gradio)")
-    add("--port", type=COUNT, help="with --web: the port (default: a free one)")
-    add("--system", help="a system prompt to begin with")
-
-
-@offers("benchmark", "time and memory of a DPO step against TRL's own trainer")
-def _benchmark(add: Callable) -> None:
-    _config(add)
-    add("--cases", nargs="*", help="P/C/RxPAIRS, or data (default: the README's five)")
-    add("--repeats", type=COUNT, default=3, help="processes a case and way to train")
-    add("--formats", nargs="*", default=["nf4", "bf16"], choices=["nf4", "bf16"],
-        help="how the weights are held")  # fmt: skip
-    add("--profile", metavar="CASE", help="only profile prefix sharing on CASE")
-    add("--no-growth", action="store_true", help="leave out how time grows")
-    add("--child", help=argparse.SUPPRESS)  # one measurement, in a process of its own
-
-
-@offers("doctor", "say in words what happened in a finished run, with the evidence and what to try")
-def _doctor(add: Callable) -> None:
-    add("folder", type=Path, metavar="RUN_FOLDER", help="outputs/<run name>")
-
-
-@offers("compare", "show two runs side by side: settings, figures with intervals, curves")
-def _compare(add: Callable) -> None:
-    add("run_a", type=Path, metavar="RUN_A", help="outputs/<run name>")
-    add("run_b", type=Path, metavar="RUN_B", help="the other run's folder")
-    add("--figure", type=Path, help="write the curves of both as a PNG")
-
-
-@offers("lessons", "train short runs that go wrong, and their cures, for the notebook to draw")
-def _lessons(add: Callable) -> None:
-    _config(add)
-    add("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write")
-    add("--arms", nargs="*", help="only these: alone, sft, sft_fifth, lopsided, norm")
-    add("--pairs", type=COUNT, default=32, help="pairs to train on")
-    add("--held-out", type=COUNT, default=40, help="held-out pairs to score")
-    add("--epochs", type=COUNT, default=2, help="passes over the pairs")
-    add("--prompts", type=COUNT, default=16, help="held-out prompts to reply to")
-    add("--max-new-tokens", type=COUNT, default=64, help="cap on a reply")
-
-
-@offers("launchable", "check the Brev launchable, and print the clicks that make it")
-def _launchable(add: Callable) -> None:
-    add("--file", type=Path, default=ROOT / "brev-launchable.yaml", help="the Compose file")
-    add("--repository", help="public git address (default: the file's)")
+def _unforeseen(error: Exception) -> None:
+    """End after an error that we have no line for: say where, and keep the traceback in a file."""
+    name = Path(sys.argv[0]).stem
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(ROOT / "scripts") and frame.filename != __file__
+    ]
+    where = f" in {ours[-1].name} ({Path(ours[-1].filename).relative_to(ROOT)})" if ours else ""
+    file = ERRORS / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}.txt"
+    text = "".join(traceback.format_exception(error))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as opened:  # one file for all processes of a run
+            opened.write(text)
+        kept = f"the traceback is in {file}"
+    except OSError:
+        kept = f"the traceback could not be written to {file}"
+    kind = type(error).__name__
+    sys.exit(f"error: {name} failed{where}: {kind}: {one_line(error)}; {kept}{_notes(error)}")

@@ -17,13 +17,11 @@ if __name__ == "__main__":  # before the libraries load, so that --help is answe
 import argparse
 import json
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from scripts.base import RecipeError
 from scripts.config import is_harmless
 from scripts.doctor import RunFolder, read_run
 from scripts.plots import compared_runs, save
@@ -42,29 +40,13 @@ HELD_OUT = {
 }
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two runs: one row a setting that differs, one row a figure, and the training logs."""
+class Comparison(NamedTuple):
+    """Two runs: one row a setting that differs, one row a figure, remarks, and the runs by name."""
 
     settings: pd.DataFrame
     figures: pd.DataFrame
-    curves: dict[str, pd.DataFrame]
-    remarks: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        settings = self.settings.to_string() if len(self.settings) else "none"
-        parts = [*self.remarks, "Settings that differ:", settings]
-        return "\n\n".join([*parts, "Figures, with 95% intervals:", self.figures.to_string()])
-
-    def _repr_html_(self) -> str:
-        """For a notebook."""
-        settings = self.settings.to_html() if len(self.settings) else "<p>the same settings</p>"
-        remarks = "".join(f"<p>{remark}</p>" for remark in self.remarks)
-        return remarks + settings + self.figures.to_html()
-
-    def plot(self) -> Figure:
-        """The curves of both runs in one figure."""
-        return compared_runs(self.curves)
+    remarks: list[str]
+    runs: dict[str, RunFolder]
 
 
 def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
@@ -77,30 +59,27 @@ def compare(run_a: str | Path, run_b: str | Path) -> Comparison:
         RecipeError: one of the folders is not a run's.
     """
     folders = [Path(run_a), Path(run_b)]
-    runs = {name: read_run(folder) for name, folder in zip(names(*folders), folders, strict=True)}
+    names = [folder.resolve().name for folder in folders]
+    if names[0] == names[1]:
+        names = [str(run_a), str(run_b) if str(run_a) != str(run_b) else f"{run_b} (again)"]
+    runs = {name: read_run(folder) for name, folder in zip(names, folders, strict=True)}
+    evaluated = [bool(run.evaluation) for run in runs.values()]
     remarks = [
         f"{name} has no evaluation yet: only the training is compared."
         for name, run in runs.items()
         if not run.evaluation
     ]
-    rows, settings = _trained(runs), _settings(runs)
-    if not remarks:
-        rows |= _measured(runs, folders, remarks)
-    if settings.empty and len({bool(run.evaluation) for run in runs.values()}) == 1:
+    rows = {"training: optimiser steps": {n: str(r.steps[-1]["step"]) for n, r in runs.items()}}
+    for column, text in ENDS.items():
+        rows[text] = {name: f"{run.late(column):.2f}" for name, run in runs.items()}
+    if all(evaluated):
+        measured, remark = _measured(runs, folders)
+        rows, remarks = rows | measured, remarks + remark
+    settings = _settings(runs)
+    if settings.empty and evaluated[0] == evaluated[1]:
         remarks += _repeated(runs, folders)
-    return Comparison(
-        settings,
-        pd.DataFrame.from_dict(rows, orient="index").fillna(""),
-        {name: pd.DataFrame(run.steps).set_index("step") for name, run in runs.items()},
-        tuple(remarks),
-    )
-
-
-def names(one: Path, other: Path) -> tuple[str, str]:
-    """The folders' own names; where these are equal, whole paths."""
-    if one.resolve().name != other.resolve().name:
-        return one.resolve().name, other.resolve().name
-    return str(one), str(other) if str(one) != str(other) else f"{other} (again)"
+    figures = pd.DataFrame.from_dict(rows, orient="index").fillna("")
+    return Comparison(settings, figures, remarks, runs)
 
 
 def _settings(runs: dict[str, RunFolder]) -> pd.DataFrame:
@@ -135,35 +114,27 @@ def _repeated(runs: dict[str, RunFolder], folders: list[Path]) -> list[str]:
     return remarks
 
 
-def _trained(runs: dict[str, RunFolder]) -> dict[str, dict[str, str]]:
-    rows = {"training: optimiser steps": {n: str(r.steps[-1]["step"]) for n, r in runs.items()}}
-    for column, text in ENDS.items():
-        rows[text] = {name: f"{run.late(column):.2f}" for name, run in runs.items()}
-    return rows
-
-
-def _measured(
-    runs: dict[str, RunFolder], folders: list[Path], remarks: list[str]
-) -> dict[str, dict[str, str]]:
-    """The tuned models' figures; adds to `remarks` if there can be no `change`."""
-    (a, one), (b, other) = runs.items()
+def _measured(runs: dict[str, RunFolder], folders: list[Path]) -> tuple[dict, list[str]]:
+    """The tuned models' figures, and a remark where there can be no `change`."""
     rows = {
         text: {name: with_interval(run.evaluation[key]) for name, run in runs.items()}
         for key, text in HELD_OUT.items()
     }
+    a, b = runs
     frame = _same_prompts(folders)
     if frame is not None:
         for key, found in compared(frame, "one", "other").items():
             figures = {a: with_interval(found["one"]), b: with_interval(found["other"])}
             rows[MEASURES[key]] = figures | {"change": with_interval(found["change"], signed=True)}
-        return rows
-    remarks.append("The runs replied to different prompts, so there is no change prompt by prompt.")
+        return rows, []
+    one, other = (run.evaluation["measures"] for run in runs.values())
     for key, text in MEASURES.items():
-        if all(key in run.evaluation["measures"] for run in (one, other)):
+        if key in one and key in other:
             rows[text] = {
-                n: with_interval(r.evaluation["measures"][key]["tuned"]) for n, r in runs.items()
+                a: with_interval(one[key]["tuned"]),
+                b: with_interval(other[key]["tuned"]),
             }
-    return rows
+    return rows, ["The runs replied to different prompts, so there is no change prompt by prompt."]
 
 
 def _same_prompts(folders: list[Path]) -> pd.DataFrame | None:
@@ -181,21 +152,12 @@ def _same_prompts(folders: list[Path]) -> pd.DataFrame | None:
     return pd.concat([first["cluster"], *tuned], axis=1)
 
 
-def other_runs(run_dir: str | Path) -> list[Path]:
-    """The runs in the folders beside `run_dir` that can be read, the newest first."""
-    run_dir = Path(run_dir).resolve()
-    logs = [log for log in run_dir.parent.glob("*/metrics.jsonl") if log.parent != run_dir]
-    found = []
-    for log in sorted(logs, key=lambda log: -log.stat().st_mtime):
-        with suppress(RecipeError):
-            read_run(log.parent)
-            found.append(log.parent)
-    return found
-
-
 def main(args: argparse.Namespace) -> None:
     found = compare(args.run_a, args.run_b)
-    print(found)
+    settings = found.settings.to_string() if len(found.settings) else "none"
+    parts = [*found.remarks, "Settings that differ:", settings]
+    print("\n\n".join([*parts, "Figures, with 95% intervals:", found.figures.to_string()]))
     if args.figure:
-        save(found.plot(), args.figure)
+        steps = {n: pd.DataFrame(run.steps).set_index("step") for n, run in found.runs.items()}
+        save(compared_runs(steps), args.figure)
         print(f"\ncurves: {args.figure}")

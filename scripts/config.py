@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
 import tempfile
@@ -21,31 +20,35 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AttentionInterface
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from trl import DPOConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from scripts.base import ROOT, InputError, existing, local_path, one_line, write_whole
+from scripts.pairs.files import READ, kind_of
+from scripts.pairs.sources import is_url, looks_like_a_path
 
 AUTO = "auto"  # a value that the data decides
-MOST_BRACKETS = 1000  # in a YAML file: PyYAML's time grows with their square
 MOST_CHANGES, LONGEST_CHANGES = 4, 80  # overrides, and letters of them, in a run's name
 PATHS = ("dataset_name", "model_name_or_path", "output_dir")
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=//)[^/@\s:]*:[^/@\s]+@")
-DATA = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-PACKED = (".gz", ".bz2", ".xz")
 
 
 class ConfigError(InputError):
@@ -63,22 +66,23 @@ class RecipeArguments:
     ] = "auto"  # fmt: skip
     dataset_columns: dict[str, str] | None = None  # renames, {the source's name: the format's}
     # Of answers with scores: the best against the worst, if they are further apart than this.
-    score_margin: float = 0.0
+    score_margin: NonNegativeFloat = 0.0
     on_bad_rows: Literal["error", "drop"] = "drop"  # dropped ones are written down
     dataset_revision: str | None = None  # branch, tag or commit of a dataset on the hub
-    train_samples: int | None = None  # use this many training pairs (None: all of them)
-    eval_samples: int | None = None  # likewise for the held-out pairs
+    train_samples: PositiveInt | None = None  # use this many training pairs (None: all of them)
+    eval_samples: PositiveInt | None = None  # likewise for the held-out pairs
     # Held out when the data has no test split of its own; auto: enough to tell, at most a fifth.
-    test_split_size: float | Literal["auto"] = "auto"
+    test_split_size: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = "auto"
     prefix_sharing: bool = True  # run each prompt once (scripts/sharing), not TRL's way
-    max_new_tokens: int = 256  # cap on a reply when the model is tried before and after
-    generation_batch_size: int = 16
-    eval_prompts: int | None = None  # try this many held-out prompts (None: all of them)
+    max_new_tokens: PositiveInt = 256  # cap on a reply when the model is tried before and after
+    generation_batch_size: PositiveInt = 16
+    eval_prompts: PositiveInt | None = None  # try this many held-out prompts (None: all of them)
     # Try the models on questions about given texts (a file such as data/passages.jsonl), of this
     # level only, instead of on the prompts of the pairs.
     questions: str | None = None
     questions_level: str | None = None
-    side_prompts: int = 60  # with questions: so many of what was trained on, and of two harm checks
+    # With questions: so many of what was trained on, and of two harm checks.
+    side_prompts: NonNegativeInt = 60
     baselines: bool = False  # also what the base does by other means: asked to be brief, cut ...
     # {figure: {at_least: ...}} or {at_most: ...}, in place of those set beforehand
     aims: dict[str, dict[Literal["at_least", "at_most"], float]] | None = None
@@ -97,75 +101,38 @@ PARTS: dict[str, type] = {
     "dpo": DPOConfig,
 }
 FIELDS = {cls: {f.name for f in dataclasses.fields(cls) if f.init} for cls in PARTS.values()}
+LOSSES = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+# Narrower types of TRL's arguments: what is refused otherwise only once the model is loaded.
+NARROW: dict[str, Any] = {
+    "dtype": Literal["auto", "bfloat16", "float16", "float32"] | None,
+    "attn_implementation": Literal[("eager", *AttentionInterface().valid_keys())] | None,
+    "bnb_4bit_quant_type": Literal["nf4", "fp4"],
+    "lora_r": PositiveInt,
+    "lora_alpha": PositiveInt,
+    "lora_dropout": Annotated[float, Field(ge=0, lt=1)],
+    "beta": PositiveFloat,
+    "loss_type": list[Literal[tuple(LOSSES)]],
+    "max_length": Annotated[int, Field(ge=2)] | Literal["auto"] | None,
+    "learning_rate": Annotated[float, Field(ge=0, le=1)],
+    "num_train_epochs": PositiveFloat,
+    "per_device_train_batch_size": PositiveInt,
+    "per_device_eval_batch_size": PositiveInt,
+    "gradient_accumulation_steps": PositiveInt,
+    "max_grad_norm": NonNegativeFloat,
+    "eval_steps": PositiveFloat | None,
+    "save_steps": PositiveFloat,
+    "save_total_limit": PositiveInt | None,
+    "seed": NonNegativeInt,
+}
 # Of an argument that several classes have, the type in the first of them counts.
 HINTS: dict[str, Any] = {
     name: hint
     for cls in reversed(PARTS.values())
-    for name, hint in typing.get_type_hints(cls).items()
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items()
     if name in FIELDS[cls]
-}
-# Lowest and highest value. TRL and transformers refuse these only once the model is loaded.
-RANGES: dict[str, tuple[float, float]] = {
-    "train_samples": (1, math.inf),
-    "eval_samples": (1, math.inf),
-    "eval_prompts": (1, math.inf),
-    "side_prompts": (0, math.inf),
-    "score_margin": (0, math.inf),
-    "test_split_size": (1e-9, 1 - 1e-9),
-    "max_new_tokens": (1, 131_072),
-    "generation_batch_size": (1, 65_536),
-    "lora_r": (1, 8192),
-    "lora_alpha": (1, 65_536),
-    "lora_dropout": (0, 1 - 1e-9),
-    "beta": (1e-9, 100),
-    "max_length": (2, math.inf),
-    "loss_weights": (0, math.inf),
-    "ld_alpha": (0, 1),
-    "label_smoothing": (0, 0.5 - 1e-9),
-    "learning_rate": (0, 1),
-    "num_train_epochs": (1e-9, 1000),
-    "max_steps": (-1, math.inf),
-    "warmup_steps": (0, math.inf),
-    "per_device_train_batch_size": (1, 65_536),
-    "per_device_eval_batch_size": (1, 65_536),
-    "gradient_accumulation_steps": (1, 65_536),
-    "weight_decay": (0, 1),
-    "max_grad_norm": (0, math.inf),
-    "logging_steps": (1e-9, math.inf),
-    "eval_steps": (1e-9, math.inf),
-    "save_steps": (1e-9, math.inf),
-    "save_total_limit": (1, math.inf),
-    "seed": (0, 2**32 - 1),
-}
-
-
-def _listed(name: str) -> list[str]:
-    """The names that TRL's argument `name` lists in its help; it checks them after the model."""
-    text = DPOConfig.__dataclass_fields__[name].metadata["help"]
-    (names,) = re.findall(r"Possible values are: (.*?)\. ", text)
-    return re.findall(r"`'?(\w+)'?`", names)
-
-
-def _options(hint: Any) -> tuple:
-    """The types that a union is of, or the one type."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
-
-
-# The names that an argument may be; most of them nobody checks before the model is there.
-NAMES = {
-    **{name: [member.value for member in option] for name, hint in HINTS.items()
-       for option in _options(hint) if isinstance(option, type) and issubclass(option, Enum)},
-    **{f.name: [*f.metadata["choices"]] for cls in FIELDS for f in dataclasses.fields(cls)
-       if f.metadata.get("choices")},
-    **{name: _listed(name) for name in ("loss_type", "f_divergence_type")},
-    "attn_implementation": ["eager", *AttentionInterface().valid_keys()],
-    "report_to": ["none", "all", *INTEGRATION_TO_CALLBACK],
-}  # fmt: skip
-# Keys that the recipe had, and those of other trainers: what to set in their place.
-RETIRED = {
-    "loader_timeout": "leave it out",
-    "prefix_attention": "leave it out; PrefixSharedDPOTrainer takes it as an argument",
+} | NARROW
+# Keys of other trainers: what to set in their place.
+FOREIGN = {
     "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, rpo_alpha]",
     "max_prompt_length": "max_length, which counts prompt and answer",
     "torch_dtype": "dtype",
@@ -175,9 +142,10 @@ RETIRED = {
     "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "warmup_ratio": "warmup_steps, which takes a share below 1 too",
 }
+# Keys that the recipe had; a run folder of an earlier version still has them.
+RETIRED = ("loader_timeout", "prefix_attention")
 # On a CPU without fast bfloat16; the weights stay in 4 bits.
 SLOW_CPU = {"dtype": "float32", "bf16": False}
-OURS_ONCE = ("loader_timeout", "prefix_attention")  # which config.yaml of an older run may have
 
 
 @dataclass
@@ -189,7 +157,7 @@ class Config:
     model: ModelConfig
     dpo: DPOConfig
     given: dict[str, Any] = field(default_factory=dict)
-    turned: set[str] = field(default_factory=set)  # keys that a notebook's cell changed (`use`)
+    turned: set[str] = field(default_factory=set)  # keys that `use` or `pin` changed
     slow: list[str] = field(default_factory=list)  # keys that asked a slow CPU for bfloat16
 
     @property
@@ -226,8 +194,9 @@ class Config:
     def use(self, args: DPOConfig) -> None:
         """Train with `args`, a changed `dpo`; what differs goes into the run's saved config."""
         before, then, now = self._text(), self.dpo.to_dict(), args.to_dict()
-        self.turned = {key for key, value in now.items() if then.get(key) != value}
-        self.given |= {key: now[key] for key in self.turned}
+        changed = {key: value for key, value in now.items() if then.get(key) != value}
+        self.turned |= changed.keys()
+        self.given |= changed
         self.dpo = args
         self._save_again(before)
 
@@ -236,6 +205,7 @@ class Config:
         process goes on with what it has."""
         path = self.run_dir / "config.yaml"
         if path.is_file() and path.read_text() == self._text():
+            self.turned.add(key)
             self.given[key] = commit
             self.save(path)
 
@@ -275,8 +245,6 @@ def _read_yaml(name: str, text: str) -> Any:
     Raises:
         ConfigError: it is no YAML, or a key is set twice in a mapping.
     """
-    if sum(map(text.count, "[{")) > MOST_BRACKETS:
-        raise ConfigError(f"{name} has more than {MOST_BRACKETS} brackets: that is no config")
     try:
         loader = _UniqueKeys(text)  # which reads the first characters at once
         loader.name = name
@@ -342,14 +310,6 @@ def _given(
     """The config file; the values that it and the overrides give, checked one by one; and which of
     them were turned into float32's."""
     path, values = _read_file(path)
-    if not isinstance(overrides, dict | None):
-        raise ConfigError(
-            f"overrides is a mapping such as {{'beta': 0.2}}, got {_shown(overrides)}"
-        )
-    if (path.parent / "environment.json").is_file():  # a run's own, perhaps of an earlier version
-        for key in [key for key in OURS_ONCE if key in values]:
-            print(f"{path}: `{key}` is no longer a setting; it is passed over")
-            del values[key]
     overrides = (overrides or {}) | ({"output_dir": output_dir} if output_dir is not None else {})
     file = _checked(path.name, values)
     given = file | _checked("override", overrides)
@@ -368,8 +328,6 @@ def _given(
 
 def _read_file(path: str | Path) -> tuple[Path, dict]:
     """The config file `path`, looked for here and in the project, and the mapping in it."""
-    if not str(path).strip() or "\0" in str(path):
-        raise ConfigError(f"the config must be the name of a YAML file, got {_shown(path)}")
     path = next((p for p in (Path(path), ROOT / path) if os.path.isfile(p)), ROOT / path)
     if not os.path.isfile(path):  # unlike Path.is_file, it bears with a name that is too long
         known = ", ".join(sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
@@ -392,19 +350,27 @@ def _checked(where: str, values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: keys are unknown (all of them are named), or a value does not fit.
     """
-    if unknown := [key for key in values if key not in HINTS]:
+    if unknown := [key for key in values if key not in (*HINTS, *RETIRED)]:
         what = "unknown key" + "s" * (len(unknown) > 1)
         raise ConfigError(f"{where}: {what} {'; '.join(map(_instead, unknown))}")
-    return {key: _typed(where, key, value) for key, value in values.items()}
+    for key in [key for key in RETIRED if key in values]:
+        print(f"{where}: `{key}` is no longer a setting and has no effect")
+    return {k: _typed(where, k, value) for k, value in values.items() if k not in RETIRED}
 
 
 def _instead(key: Any) -> str:
     """An unknown key, and what to write in its place."""
-    shown = f"`{_shown(key)[1:-1]}`"
-    if key in RETIRED:
-        return f"{shown} (instead: {RETIRED[key]})"
+    shown = f"`{_shown(str(key))[1:-1]}`"
+    if key in FOREIGN:
+        return f"{shown} (instead: {FOREIGN[key]})"
     near = difflib.get_close_matches(str(key), HINTS, n=1, cutoff=0.75)
     return f"{shown} (did you mean `{near[0]}`?)" if near else shown
+
+
+def _options(hint: Any) -> tuple:
+    """The types that a union is of, or the one type."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
 
 
 def _typed(where: str, key: str, value: Any) -> Any:
@@ -414,59 +380,19 @@ def _typed(where: str, key: str, value: Any) -> Any:
             f"{where}: `{key}` holds a password or a token, and a config is saved, logged and "
             "shown; export HF_TOKEN for the hub, and put an address's password into ~/.netrc"
         )
-    hint = HINTS[key]
-    options = _options(hint)
+    options = _options(HINTS[key])
     if value is False and bool not in options and str in options:
         value = "no"
-    if isinstance(value, str) and list[str] in options and str not in options:
+    lists = any(typing.get_origin(one) is list for one in options)
+    if isinstance(value, str) and lists and str not in options:
         value = [value]  # TRL's command line takes one name where it takes several
-
-    def refuse(what: str) -> ConfigError:
-        return ConfigError(f"{where}: `{key}` must be {what}, got {_shown(value)}")
-
-    if isinstance(value, bool) and not {bool, Any} & set(options):
-        raise refuse(_kind(hint))
-    if not (value == AUTO and key in ("max_length", "test_split_size")):
-        try:
-            adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-            value = adapter.validate_python(value)
-        except (ValidationError, RecursionError) as error:
-            raise refuse(_kind(hint, error)) from None
-    if isinstance(value, str) and (not value.strip() or "\0" in value) and key != "hub_model_id":
-        raise refuse("a name that is not empty")
-    low, high = RANGES.get(key, (-math.inf, math.inf))
-    for number in value if isinstance(value, list) else [value]:
-        # A NaN is in no range; an infinity only where no argument of ours ends.
-        if isinstance(number, int | float) and not low <= number <= high:
-            raise refuse(_range(low, high))
-        if key in NAMES and number not in (None, *NAMES[key]):
-            raise refuse(_one_of(NAMES[key], number))
-    return value
-
-
-def _one_of(names: list[str], value: Any) -> str:
-    """`names` for a message; of many, those that are spelt most like `value`."""
-    if len(names) <= 16:
-        return f"one of {', '.join(names)}"
-    begin = [name for name in names if name.startswith(str(value))]
-    near = begin[:4] or difflib.get_close_matches(str(value), names, n=4, cutoff=0)
-    return f"one of {', '.join(near)}, ... ({len(names)} names)"
-
-
-def _kind(hint: Any, error: Exception | None = None) -> str:
-    """What an argument takes: its names, or its types."""
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    options = _options(hint)
-    names = [getattr(one, "__name__", str(one)) for one in options if one is not type(None)]
-    whole = isinstance(error, ValidationError) and "from_float" in str(error)
-    return "a whole number" if whole else " or ".join(names)
-
-
-def _range(low: float, high: float) -> str:
-    ends = [f"above {low:g}" if 0 < low < 1e-6 else f"at least {low:g}"] * (low > -math.inf)
-    ends += [f"below {high:g}" if high % 0.5 else f"at most {high:g}"] * (high < math.inf)
-    return " and ".join(ends).replace("above 1e-09", "above 0")
+    adapter = TypeAdapter(HINTS[key], config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        wrong = [re.sub(r", (unable|got) .*", "", one["msg"]) for one in error.errors()]
+        must = " or ".join(text.removeprefix("Input should be ") for text in wrong)
+        raise ConfigError(f"{where}: `{key}` must be {must}, got {_shown(value)}") from None
 
 
 def _shown(value: Any) -> str:
@@ -480,15 +406,14 @@ def _built(where: str, values: dict[str, Any]) -> dict[str, Any]:
     if values.get("max_length") == AUTO:  # TRL's default stands until the data is read
         values = {k: v for k, v in values.items() if k != "max_length"}
     try:
-        return {name: _filled(cls, values) for name, cls in PARTS.items()}
+        return {
+            name: cls(**{k: v for k, v in values.items() if k in FIELDS[cls]})
+            for name, cls in PARTS.items()
+        }
     except Exception as error:  # what TRL and transformers check of all that they take, they raise
         reason = one_line(error)
         no_gpu = "; torch sees no GPU here (scripts.preflight says more)" * ("gpu" in reason)
         raise ConfigError(f"{where}: {reason}{no_gpu}") from error
-
-
-def _filled(cls: type, values: dict[str, Any]) -> Any:
-    return cls(**{k: v for k, v in values.items() if k in FIELDS[cls]})
 
 
 def _contradictions(cfg: Config) -> Iterator[str]:
@@ -508,7 +433,7 @@ def _contradictions(cfg: Config) -> Iterator[str]:
             "`use_peft: false` trains all weights, and 4-bit or 8-bit weights cannot be trained; "
             "set load_in_4bit (and load_in_8bit) to false, or use_peft to true"
         )
-    if model.dtype in ("auto", None) and model.load_in_4bit:
+    if model.dtype in (AUTO, None) and model.load_in_4bit:
         yield f"`dtype: {model.dtype}` names no type to compute 4-bit weights in; set bfloat16"
     else:
         try:
@@ -519,8 +444,6 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     targets = model.lora_target_modules or []
     if model.use_peft and "lm_head" in ([targets] if isinstance(targets, str) else targets):
         yield "`lora_target_modules` names lm_head, which TRL's DPO does not train; leave it out"
-    if dpo.loss_weights is not None and not any(dpo.loss_weights):
-        yield "`loss_weights` are all 0, so nothing would be learned; set one of them above 0"
     if dpo.push_to_hub:
         yield (
             "`push_to_hub` would publish replies and logs unseen; leave it out, and afterwards: "
@@ -531,9 +454,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
             "gradient_checkpointing: true is overruled by activation_checkpointing: false; set "
             "activation_checkpointing: true"
         )
-    project = cfg.recipe.wandb_project
-    if len(project) > 128 or re.search(r"[/\\#?%:]", project):
-        yield "`wandb_project` may have at most 128 characters, and none of / \\ # ? % :"
+    if re.search(r"[/\\#?%:]", cfg.recipe.wandb_project):
+        yield "`wandb_project` may have none of / \\ # ? % :"
     if (checkpoint := dpo.resume_from_checkpoint) and not Path(checkpoint).is_dir():
         yield f"`resume_from_checkpoint`: there is no folder {checkpoint}"
 
@@ -547,32 +469,23 @@ def _length_of_run(path: Path) -> int | str | None:
 # ---- a run's name, and what it depends on ----
 
 # Arguments that the trained weights do not depend on: where things go, what is logged, kept or
-# measured, how batches are fetched. Whatever is not named here counts.
+# measured, how batches are fetched, what is recomputed. Whatever is not named here counts.
 HARMLESS = {
     "output_dir", "run_name", "resume_from_checkpoint", "report_to", "project", "disable_tqdm",
-    "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy",
-    "logging_first_step", "logging_steps", "logging_nan_inf_filter",
-    "include_num_input_tokens_seen", "include_num_input_tokens_per_second", "save_strategy",
-    "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint",
-    "restore_callback_states_from_checkpoint", "push_to_hub", "eval_strategy", "eval_steps",
-    "eval_delay", "eval_on_start", "eval_do_concat_batches", "eval_accumulation_steps",
-    "eval_use_gather_object", "per_device_eval_batch_size", "do_train", "do_eval", "do_predict",
-    "prediction_loss_only", "bf16_full_eval", "fp16_full_eval", "batch_eval_metrics",
-    "include_for_metrics", "metric_for_best_model", "greater_is_better", "skip_memory_metrics",
-    "torch_empty_cache_steps", "ddp_timeout", "dataset_num_proc", "local_rank", "debug",
-    # recomputed activations are the same numbers
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
-    "activation_checkpointing_kwargs", "activation_offloading", "ignore_bias_buffers",
-    # the recipe's own
-    "max_new_tokens", "generation_batch_size", "eval_prompts", "eval_samples", "merge_dtype",
-    "merge_into", "wandb_project", "on_bad_rows", "questions", "questions_level", "side_prompts",
-    "baselines", "aims",
+    "push_to_hub", "per_device_eval_batch_size", "prediction_loss_only", "metric_for_best_model",
+    "greater_is_better", "skip_memory_metrics", "torch_empty_cache_steps", "ddp_timeout",
+    "dataset_num_proc", "local_rank", "debug", "max_new_tokens", "generation_batch_size",
+    "on_bad_rows", "side_prompts", "baselines", "aims",
 }  # fmt: skip
+HARMLESS_BEGINNINGS = (
+    "log_", "logging_", "save_", "eval_", "include_", "hub_", "dataloader_", "trackio_", "wandb_",
+    "gradient_checkpointing", "activation_", "merge_", "questions",
+)  # fmt: skip
 
 
 def is_harmless(key: str) -> bool:
     """Whether the trained weights do not depend on the argument `key`."""
-    return key in HARMLESS or key.startswith(("hub_", "dataloader_", "trackio_"))
+    return key in HARMLESS or key.startswith(HARMLESS_BEGINNINGS)
 
 
 def run_name(stem: str, file: dict[str, Any], given: dict[str, Any]) -> str:
@@ -633,23 +546,17 @@ def check_places(cfg: Config) -> None:
         ConfigError: one of them cannot serve.
     """
     model, data = cfg.model.model_name_or_path, cfg.script.dataset_name
-    _check_packages(cfg)
-    check_model(model)
-    check_dataset(data)
-    if cfg.is_main_process:
-        check_run_folder(cfg.run_dir, model, data)
-
-
-def _check_packages(cfg: Config) -> None:
-    """Refuse what transformers asks for only once the model is loaded."""
     have = get_available_reporting_integrations()
     if missing := [name for name in cfg.dpo.report_to if name not in have]:
         raise ConfigError(
-            f"`report_to: {missing[0]}`: that package is not installed; install it, or set "
-            "report_to to wandb or none"
+            f"`report_to: {missing[0]}` is unknown or not installed; set report_to to wandb or none"
         )
     if cfg.model.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError("`attn_implementation: flash_attention_2` needs flash_attn; set sdpa")
+    _check_model(model)
+    _check_dataset(data)
+    if cfg.is_main_process:
+        _check_run_folder(cfg.run_dir, model, data)
 
 
 def refuse_pickles(name: str, files: list[str]) -> None:
@@ -668,42 +575,23 @@ def refuse_pickles(name: str, files: list[str]) -> None:
     )
 
 
-def check_model(name: str) -> None:
-    """Refuse what cannot be a model: an address, a file, a folder without config or safetensors.
+def _check_model(name: str) -> None:
+    """Refuse what cannot be a model: a file, an address, a folder without whole safetensors.
 
     A name of the hub is only looked at, not asked for.
     """
-    folder = Path(name).expanduser()
-    if "://" in name:
-        raise ConfigError(
-            "model_name_or_path is an address; give the hub's name alone, owner/model, or a folder"
-        )
-    if folder.is_file():
-        raise ConfigError(f"model_name_or_path: {name} is a file; give the folder that it is in")
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model_name_or_path: {name} has no config.json: it holds no model")
-        refuse_pickles(name, sorted(path.name for path in folder.iterdir()))
-        _check_weights(folder)
-    elif name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise ConfigError(
-            f"model_name_or_path: there is no folder {name}, and the hub has no such name "
-            "(owner/model)"
-        )
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse weights that are cut, as after a copy that broke off or a clone without git-lfs."""
-    files = {path.name: path for path in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            parts = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is damaged; copy the model again") from None
-        if missing := sorted(parts - files.keys()):
-            raise ConfigError(f"{folder} has no {missing[0]}, which {index.name} names")
-    for path in files.values():
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
+        if os.path.isfile(folder) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+            raise ConfigError(
+                f"model_name_or_path: {name} is no folder here, and no name on the hub, which is "
+                "OWNER/MODEL"
+            )
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model_name_or_path: {name} has no config.json: it holds no model")
+    refuse_pickles(name, sorted(path.name for path in folder.iterdir()))
+    for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="numpy"):
                 pass
@@ -714,51 +602,38 @@ def _check_weights(folder: Path) -> None:
             ) from None
 
 
-def check_run_folder(folder: Path, *others: str) -> None:
+def _check_dataset(name: str) -> None:
+    """Refuse a file or folder that is not there, or that has no data in it."""
+    if is_url(name):  # fetched when it is read
+        return
+    path = local_path(name)
+    if path is None:
+        if looks_like_a_path(name):
+            raise ConfigError(f"dataset_name: there is no file or folder {name}")
+        return
+    files = [path] if path.is_file() else path.rglob("*")
+    if not any(kind_of(file) in READ and file.stat().st_size for file in files):
+        raise ConfigError(
+            f"dataset_name: no data in {name} ({', '.join(READ)}); save a spreadsheet as CSV, "
+            "unpack an archive"
+        )
+
+
+def _check_run_folder(folder: Path, *others: str) -> None:
     """Refuse a run folder that cannot be written to, or that holds what is not the run's.
 
     It is tried by a folder that is made there and removed. `others` are the model and the dataset.
     """
     whole = folder.absolute().resolve()
-    if whole in (ROOT, *ROOT.parents, Path.home()):
-        raise ConfigError(f"output_dir: {folder} holds more than a run; name another")
-    read = {p.resolve() for name in others if (p := local_path(name)) is not None}
-    if whole in read | {ROOT / "data"}:
-        raise ConfigError(f"output_dir: {folder} is also read from; name another folder")
+    read = {path.resolve() for name in others if (path := local_path(name)) is not None}
+    if whole in {ROOT, *ROOT.parents, Path.home(), ROOT / "data", *read}:
+        raise ConfigError(f"output_dir: {folder} holds more than a run; name another folder")
     try:
         with tempfile.TemporaryDirectory(prefix=".try-", dir=existing(whole)):
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output_dir: {folder} cannot be written to ({reason})") from None
-
-
-def check_dataset(name: str) -> None:
-    """Refuse a file or folder of data that is not there, is empty, or cannot be read."""
-    if name.lower().startswith(("http://", "https://")):  # fetched when it is read
-        return
-    if "://" in name:
-        raise ConfigError("dataset_name: only http(s) addresses, files, folders and hub names")
-    path = local_path(name)
-    if path is None:
-        if name.startswith(("/", ".", "~")) or _is_data(name) or name.count("/") > 1:
-            raise ConfigError(f"dataset_name: there is no file or folder {name}")
-    elif path.is_file():
-        if not _is_data(path.name):
-            raise ConfigError(
-                f"dataset_name: {name} is none of {', '.join(DATA)} (save a spreadsheet's table "
-                "as CSV, unpack an archive)"
-            )
-        if path.stat().st_size == 0:
-            raise ConfigError(f"dataset_name: {name} is empty")
-    elif not any(_is_data(file.name) for file in path.rglob("*")):
-        raise ConfigError(f"dataset_name: no data ({', '.join(DATA)}) in the folder {name}")
-
-
-def _is_data(name: str) -> bool:
-    """Whether a file is of a format that is read, packed or not."""
-    path = Path(name.lower())
-    return (Path(path.stem).suffix if path.suffix in PACKED else path.suffix) in DATA
 
 
 # ---- the command line ----

@@ -1,19 +1,15 @@
-"""The Hugging Face hub: log in where that is needed, and fetch a model whole and checked.
+"""The Hugging Face hub: log in where that is needed, and fetch a model.
 
-`huggingface_hub` itself retries each file and resumes a download that broke off. Ours is what it
-leaves out: a busy hub is waited for no longer than makes sense, a download is held against the
-hub's checksums, and every refusal says what to do.
+`huggingface_hub` itself retries each file, resumes a download that broke off and checks its size.
+Ours is what it leaves out: a busy hub is waited for no longer than makes sense, and every refusal
+says what to do.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import parse_ratelimit_headers
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt
+from tenacity import RetryCallState, Retrying, retry_if_exception
 
 from scripts.base import RecipeError, one_line
 from scripts.config import refuse_pickles
@@ -95,54 +91,51 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _is_busy(error: BaseException) -> bool:
-    status = status_of(error) if isinstance(error, HfHubHTTPError) else None
-    return status is not None and (status == 429 or status >= 500)
+def _trouble(error: BaseException) -> str | None:
+    """What is wrong with the hub for now; None where asking again would not help."""
+    status = status_of(error)
+    if isinstance(error, httpx2.ReadError | httpx2.RemoteProtocolError):
+        return "broke the connection"
+    if status == 429:
+        return "takes no more requests for now (429)"
+    return f"fails ({status})" if status and status >= 500 else None
 
 
 def _pause(state: RetryCallState) -> float:
     """Seconds until the next try: what the hub asks for, else a little longer each time."""
-    headers = state.outcome.exception().response.headers
-    after = headers.get("Retry-After", "")
-    if after.isdecimal():
-        return float(after)
-    with suppress(ValueError):  # else it is a date, or nothing that can be read
-        then = parsedate_to_datetime(after)
-        return max(0.0, (then - datetime.now(then.tzinfo)).total_seconds())
-    if limit := parse_ratelimit_headers(headers):
-        return float(limit.reset_in_seconds)
+    response = getattr(state.outcome.exception(), "response", None)
+    if response is not None:
+        if response.headers.get("Retry-After", "").isdecimal():
+            return float(response.headers["Retry-After"])
+        if limit := parse_ratelimit_headers(response.headers):
+            return float(limit.reset_in_seconds)
     return BREATH * 2 ** (state.attempt_number - 1)
 
 
-def patiently(ask: Callable[[], Answer], wait: float | None = None) -> Answer:
-    """What `ask` returns; a busy hub (429) or one out of order (5xx) is asked again.
+def patiently(ask: Callable[[], Answer], wait: float = WAIT) -> Answer:
+    """What `ask` returns; a busy hub (429), or one out of order (5xx), is asked again.
 
     Raises:
-        HubBusy: it still is, or asks to wait for more than `wait` seconds (None: `WAIT`).
+        HubBusy: it still is, or asks to wait for more than `wait` seconds.
     """
-    most = WAIT if wait is None else wait
-
-    def trouble(state: RetryCallState) -> str:
-        status = status_of(state.outcome.exception())
-        return "takes no more requests for now (429)" if status == 429 else f"fails ({status})"
 
     def say(state: RetryCallState) -> None:
-        seconds = state.next_action.sleep
-        print(f"The hub {trouble(state)}; asking again in {seconds:.0f} s ...", flush=True)
+        trouble, seconds = _trouble(state.outcome.exception()), state.next_action.sleep
+        print(f"The hub {trouble}; asking again in {seconds:.0f} s ...", flush=True)
 
     def give_up(state: RetryCallState) -> None:
         error, seconds = state.outcome.exception(), _pause(state)
-        then = datetime.now() + timedelta(seconds=seconds)
-        when = f": come back in {seconds:.0f} s, at {then:%H:%M:%S}"
-        if status_of(error) == 429:
-            when += "; a token (HF_TOKEN) has a higher limit"
-        elif seconds <= most:
-            when = f", {TRIES} times in a row; try again later"
-        raise HubBusy(f"the hub {trouble(state)}{when}") from error
+        if status_of(error) is None:
+            raise error
+        when = f", {TRIES} times in a row; try again later"
+        if seconds > wait:
+            when = f": come back in {seconds:.0f} s"
+        limit = "; a token (HF_TOKEN) has a higher limit" if status_of(error) == 429 else ""
+        raise HubBusy(f"the hub {_trouble(error)}{when}{limit}") from error
 
     return Retrying(
-        retry=retry_if_exception(_is_busy),
-        stop=lambda state: stop_after_attempt(TRIES)(state) or _pause(state) > most,
+        retry=retry_if_exception(_trouble),
+        stop=lambda state: state.attempt_number >= TRIES or _pause(state) > wait,
         wait=_pause,
         before_sleep=say,
         retry_error_callback=give_up,
@@ -152,7 +145,7 @@ def patiently(ask: Callable[[], Answer], wait: float | None = None) -> Answer:
 # Logging in.
 
 
-def hub_state(name: str, revision: str = "main", wait: float | None = None) -> HubState:
+def hub_state(name: str, revision: str = "main", wait: float = WAIT) -> HubState:
     """Where the model `name` stands, without downloading it. `wait` is as in `patiently`.
 
     Returns:
@@ -164,8 +157,6 @@ def hub_state(name: str, revision: str = "main", wait: float | None = None) -> H
     """
     if Path(name).expanduser().is_dir():
         return HubState("local")
-    if name.startswith(("/", ".", "~")):
-        raise HubError(f"there is no folder {name}; check model_name_or_path")
     api = HfApi()
     try:
         if constants.HF_HUB_OFFLINE:
@@ -189,7 +180,7 @@ def hub_state(name: str, revision: str = "main", wait: float | None = None) -> H
             return HubState("login")
         state, reason = "unreachable", f"the hub answers {status}"
     except Exception as error:  # no network: httpx's errors and sockets' share no nearer base
-        state, reason = "unreachable", str(error) if constants.HF_HUB_OFFLINE else one_line(error)
+        state, reason = "unreachable", one_line(error)
     config_file = try_to_load_from_cache(name, "config.json", revision=revision)
     return HubState("cached" if isinstance(config_file, str) else state, reason)
 
@@ -274,10 +265,7 @@ def why_not(name: str, revision: str, state: HubState) -> str:
 
 
 def fetch(name: str, revision: str = "main", *, weights: bool = True) -> str:
-    """Have the model `name` of the hub in the cache, whole and checked.
-
-    What is there already is not fetched again; a download that breaks off continues where it was.
-    What was fetched is held against the hub's checksums, and a damaged file is fetched anew.
+    """Have the model `name` of the hub in the cache; what is there already is not fetched again.
 
     Returns:
         The commit that `revision` stands for, to load that and no other; for a folder, `revision`.
@@ -297,32 +285,22 @@ def fetch(name: str, revision: str = "main", *, weights: bool = True) -> str:
     try:
         info = patiently(lambda: HfApi().model_info(name, revision=revision))
         refuse_pickles(name, [file.rfilename for file in info.siblings or []])
-        if have == info.sha:
-            return have
-        for attempt in range(TRIES):
-            try:
-                folder = Path(patiently(lambda: snapshot_download(name, **wanted)))
-                if not (damaged := _remove_damaged(name, folder.name)):
-                    return folder.name
-                trouble = f"{', '.join(damaged)} came damaged (checksum)"
-            except httpx2.TransportError as error:  # some breaks the library lets through
-                trouble = one_line(error, 200)
-            print(f"The download of {name} broke off ({trouble}); continuing ...", flush=True)
-            time.sleep(BREATH * 2**attempt)
+        if have != info.sha:
+            have = Path(patiently(lambda: snapshot_download(name, **wanted))).name
+        return have
     except RecipeError as error:
         if have and isinstance(error, HubBusy):
             return have
         raise
     except HfHubHTTPError as error:
         raise HubError(f"`{name}`: {one_line(error, 200)}") from error
-    except Exception as error:  # the errors of httpx and of sockets share no nearer base
+    except Exception as error:  # no network: httpx's errors and sockets' share no nearer base
         if have:
-            return have  # no network: what is in the cache serves
-        trouble = one_line(error, 200)
-    raise HubError(
-        f"the download of `{name}` broke off: {trouble}. Check the network and the disk, and run "
-        "the same command again: it continues from what it has"
-    )
+            return have
+        raise HubError(
+            f"the download of `{name}` broke off: {one_line(error, 200)}. Check the network and "
+            "the disk, and run the same command again: it continues from what it has"
+        ) from error
 
 
 def _in_cache(name: str, wanted: dict) -> str | None:
@@ -332,19 +310,8 @@ def _in_cache(name: str, wanted: dict) -> str | None:
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     weights = "*.safetensors" in wanted["allow_patterns"]
-    needed = ["config.json", *(["*.safetensors"] if weights else ["tokenizer*"])]
-    whole = all(any(folder.glob(pattern)) for pattern in needed)
-    return folder.name if whole else None
-
-
-def _remove_damaged(name: str, commit: str) -> list[str]:
-    """Hold the cache against the hub's checksums, and delete what differs: its names."""
-    found = patiently(lambda: HfApi().verify_repo_checksums(name, revision=commit))
-    for one in found.mismatches:
-        path = found.verified_path / one["path"]
-        path.resolve().unlink(missing_ok=True)  # the file that the snapshot's link leads to
-        path.unlink(missing_ok=True)
-    return [one["path"] for one in found.mismatches]
+    needed = ["config.json", "*.safetensors" if weights else "tokenizer*"]
+    return folder.name if all(any(folder.glob(pattern)) for pattern in needed) else None
 
 
 def dataset_commit(name: str, revision: str | None = None) -> str | None:
@@ -355,10 +322,8 @@ def dataset_commit(name: str, revision: str | None = None) -> str | None:
     """
     try:
         return patiently(lambda: HfApi().dataset_info(name, revision=revision, timeout=20)).sha
-    except HubBusy:
-        return None
     except HfHubHTTPError as error:
         why = one_line(error, 200)
         raise HubError(f"dataset `{name}`, revision {revision or 'main'}: {why}") from None
-    except Exception:  # no network: the errors of httpx and of sockets share no nearer base
+    except Exception:  # busy, or no network: httpx's errors and sockets' share no nearer base
         return None

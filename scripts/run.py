@@ -35,12 +35,11 @@ from nbformat.v4 import new_markdown_cell
 from papermill.exceptions import PapermillExecutionError
 
 from scripts.adapter import trained_folder
-from scripts.base import CTRL_C, ROOT, STOPPED, RecipeError
+from scripts.base import CTRL_C, ROOT, STOPPED
 from scripts.checkpoints import HELD_BY_PARENT, newest_whole
 from scripts.config import Config, config_from_args, parse_overrides
 from scripts.headless import ENGINE, section
 from scripts.memory import GB
-from scripts.plan_memory import memory_table, on_gpu
 from scripts.run_folder import settle
 from scripts.tables import evaluation_table
 
@@ -98,26 +97,15 @@ def kept(cfg: Config) -> str:
 
 
 def kernel_died(cfg: Config, kills_before: int) -> str:
-    """What the death of the notebook's kernel means, with the plan's figures beside the machine's.
-
-    Nothing is left to say why; a kill for lack of memory is what it nearly always is.
-    """
+    """What the death of the notebook's kernel means: nearly always a kill for lack of memory."""
     killed = out_of_memory_kills() - kills_before
     sure = f"the system's count of such kills rose by {killed}" if killed > 0 else "most likely"
     gb = psutil.virtual_memory()
-    try:
-        peaks = memory_table(cfg).loc["peak"]
-        where = "GPU memory" if on_gpu(cfg) else "memory"
-        planned = (
-            f"The plan needs {peaks.max():.1f} GB of {where}, most in the phase {peaks.idxmax()}"
-        )
-    except (RecipeError, OSError) as error:  # a plan may need the network
-        planned = f"There is no plan ({error})"
     return (
-        f"The notebook's kernel was killed from outside, as the system does when memory runs short "
-        f"({sure}). {planned}; this machine has {gb.total / GB:.1f} GB, of which "
-        f"{gb.available / GB:.1f} are free now. `python -m scripts.plan` says what to change: "
-        f"activation_checkpointing: true, or smaller batches. {kept(cfg)}."
+        "The notebook's kernel was killed from outside, as the system does when memory runs short "
+        f"({sure}). This machine has {gb.total / GB:.1f} GB, of which {gb.available / GB:.1f} are "
+        "free now; `python -m scripts.plan` says how much the run needs and what to change. "
+        f"{kept(cfg)}."
     )
 
 

@@ -1,7 +1,5 @@
 """Configs are read strictly, and every one that ships builds its arguments."""
 
-import subprocess
-import sys
 import typing
 
 import pytest
@@ -73,8 +71,7 @@ def test_on_40_gb_the_short_run_has_the_same_steps():
     batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
     assert differing == batch | {"output_dir"}
     assert (
-        len({short[a] * short[b] for a, b in [batch]} | {forty[a] * forty[b] for a, b in [batch]})
-        == 1
+        len({config[a] * config[b] for config in (short, forty) for a, b in [sorted(batch)]}) == 1
     )
 
 
@@ -88,46 +85,21 @@ def test_unknown_key_names_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("beta", "small"),
-        ("lora_r", 1.5),
-        ("use_peft", "perhaps"),
-        ("lora_target_modules", 3),
-        ("seed", [1]),
-        ("train_samples", "all"),
-    ],
-)
-def test_ill_typed_values_are_refused(key, value):
-    with pytest.raises(ConfigError, match=f"`{key}` must be"):
-        load_config(DEFAULT, {key: value})
-
-
-@pytest.mark.parametrize(
     ("key", "value", "limit"),
     [
-        ("train_samples", -3, "at least 1"),
-        ("eval_prompts", 0, "at least 1"),
-        ("max_new_tokens", 0, "at least 1"),
-        ("test_split_size", 1.0, "below 1"),
-        ("test_split_size", 0, "above 0"),
-        ("test_split_size", float("nan"), "below 1"),
-        ("merge_dtype", "int7", "one of float16, bfloat16, float32"),
-        ("dataset_format", "orka", "one of auto, explicit"),
-        ("loss_type", ["sigmoyd"], "one of sigmoid, hinge"),
-        ("dtype", "bf16", "one of auto, bfloat16, float16, float32"),
-        ("optim", "adamw", "one of adamw_torch, "),
-        ("wandb_project", "", "not empty"),
-        ("lora_r", 0, "at least 1"),
-        ("lora_dropout", -0.5, "at least 0"),
-        ("max_length", -5, "at least 2"),
-        ("gradient_accumulation_steps", 0, "at least 1"),
-        ("num_train_epochs", -1, "above 0"),
-        ("learning_rate", 20, "at most 1"),
-        ("seed", -1, "at least 0"),
+        ("lora_r", 1.5, "a valid integer"),
+        ("use_peft", "perhaps", "a valid boolean"),
+        ("train_samples", -3, "greater than 0"),
+        ("test_split_size", 1.0, "less than 1 or 'auto'"),
+        ("test_split_size", float("nan"), "less than 1"),
+        ("merge_dtype", "int7", "'float16', 'bfloat16' or 'float32'"),
+        ("loss_type", ["sigmoyd"], "'sigmoid', 'hinge'"),
+        ("max_length", -5, "greater than or equal to 2 or 'auto'"),
+        ("learning_rate", 20, "less than or equal to 1"),
+        ("aims", {"exact": {"at": 1}}, "'at_least' or 'at_most'"),
     ],
 )
-def test_values_out_of_range_are_refused_with_the_range(key, value, limit):
+def test_a_value_that_does_not_fit_is_refused_with_what_would(key, value, limit):
     with pytest.raises(ConfigError) as refused:
         load_config(DEFAULT, {key: value})
     line = str(refused.value)
@@ -151,15 +123,6 @@ def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path):
         load_config(path)
 
 
-def test_what_is_no_yaml_is_one_line(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("beta: [0.1\nlora_r: 8\n")
-    for read in (lambda: load_config(path), lambda: parse_overrides(["beta={"])):
-        with pytest.raises(ConfigError, match="is not valid YAML") as refused:
-            read()
-        assert "\n" not in str(refused.value)
-
-
 def test_yaml_reads_5e_5_as_text_and_the_config_as_a_number():
     assert load_config(DEFAULT, parse_overrides(["learning_rate=5e-5"])).dpo.learning_rate == 5e-5
 
@@ -175,11 +138,6 @@ def test_weights_of_4_bits_are_not_trained_themselves():
     assert not load_config(DEFAULT, {"use_peft": False, "load_in_4bit": False}).model.use_peft
 
 
-def test_missing_file_lists_what_there_is():
-    with pytest.raises(ConfigError, match=r"smollm2-135m-cpu\.yaml"):
-        load_config("configs/llama4.yaml")
-
-
 def test_saved_config_gives_the_same_run_again(tmp_path):
     cfg = load_config(DEFAULT, {"beta": 0.3, "train_samples": 7, "output_dir": str(tmp_path)})
     cfg.save(tmp_path / "config.yaml")
@@ -187,14 +145,6 @@ def test_saved_config_gives_the_same_run_again(tmp_path):
     assert (again.recipe, again.script, again.model) == (cfg.recipe, cfg.script, cfg.model)
     first, second = cfg.dpo.to_dict(), again.dpo.to_dict()
     assert {k for k in first if first[k] != second[k]} == set()
-
-
-def test_a_mistake_on_the_command_line_is_one_line():
-    command = [sys.executable, "-m", "scripts.data", "--set", "betta=0.2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: override: unknown key")
-    assert "Traceback" not in done.stderr
 
 
 def test_a_run_elsewhere_can_be_looked_at_without_its_gpu():
@@ -228,17 +178,23 @@ def test_every_unknown_key_is_named_at_once_and_foreign_ones_with_ours():
     )
 
 
-def test_a_run_folder_of_an_earlier_version_is_read(tmp_path, capsys):
+def test_a_key_of_an_earlier_version_is_passed_over_and_named(tmp_path, capsys):
     old = load_config(DEFAULT, {"output_dir": str(tmp_path)})
     old.save(tmp_path / "config.yaml")
     with (tmp_path / "config.yaml").open("a") as file:
         file.write("loader_timeout: 600\n")
-    with pytest.raises(ConfigError, match=r"`loader_timeout` .instead: leave it out"):
-        load_config(tmp_path / "config.yaml")
-    (tmp_path / "environment.json").write_text("{}")  # it is a run's own
     again = load_config(tmp_path / "config.yaml")
     assert (again.recipe, again.dpo.to_dict()) == (old.recipe, old.dpo.to_dict())
     assert "`loader_timeout` is no longer a setting" in capsys.readouterr().out
+
+
+def test_a_run_pinned_to_its_commits_is_no_other_run(tmp_path):
+    """As with a model of the hub, whose commit goes into the saved config."""
+    cfg = load_config(DEFAULT, {"output_dir": str(tmp_path)})
+    cfg.save(tmp_path / "config.yaml")
+    cfg.pin("model_revision", "0123abcd")
+    assert load_config(tmp_path / "config.yaml").model.model_revision == "0123abcd"
+    refuse_changed(cfg, DEFAULT, {"output_dir": str(tmp_path)}, None)
 
 
 def test_what_a_cell_turns_is_in_the_saved_config_and_is_no_change_of_the_first_cell(tmp_path):
@@ -252,14 +208,6 @@ def test_what_a_cell_turns_is_in_the_saved_config_and_is_no_change_of_the_first_
     assert (cfg.dpo.beta, cfg.given["beta"], cfg.dpo.max_length) == (0.3, 0.3, 64)
     refuse_changed(cfg, DEFAULT, asked, None)
     assert load_config(tmp_path / "config.yaml").dpo.to_dict() == cfg.dpo.to_dict()
-
-
-@pytest.mark.parametrize("text", [b"beta: \xff", b"beta: \x01", b"? [a, b]\n: 1\n"])
-def test_a_file_that_is_no_yaml_is_one_line(tmp_path, text):
-    path = tmp_path / "odd.yaml"
-    path.write_bytes(text)
-    with pytest.raises(ConfigError, match=r"odd\.yaml"):
-        load_config(path)
 
 
 def test_a_run_folder_is_named_after_config_and_overrides():

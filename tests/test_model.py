@@ -1,6 +1,7 @@
 """Where a model comes from, and what is said when it cannot be had."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -34,7 +35,6 @@ def hub_answers(model=(200, {}, b'{"id": "m", "gated": false}'), auth=(200, {}, 
 
 
 GATED = (200, {}, b'{"id": "m", "gated": "manual"}')
-REFUSED = (403, {"X-Error-Code": "GatedRepo"}, b"{}")
 
 
 @pytest.mark.parametrize(
@@ -66,19 +66,7 @@ def test_a_folder_needs_no_hub(tiny_llama3, capsys):
     assert hub_login(str(tiny_llama3)) == "local"
     assert "no login needed" in capsys.readouterr().out
     assert resolve_model(str(tiny_llama3))[0] == str(tiny_llama3)
-
-
-def test_gated_without_token_says_what_to_do_and_does_not_ask(endpoint):
-    url = endpoint(hub_answers(GATED, REFUSED))
     assert not someone_is_there()  # pytest's standard input is nobody
-    with pytest.raises(HubError, match=rf"Accept its licence at {url}/{NAME}.*set HF_TOKEN"):
-        hub_login(NAME)
-
-
-def test_no_hub_and_no_wheel_is_one_clear_error(endpoint):
-    endpoint(hub_answers((500, {}, b"")))
-    with pytest.raises(HubError, match=r"the hub fails \(500\), 4 times in a row"):
-        resolve_model(NAME)
 
 
 def test_hub_is_preferred_to_the_wheel(endpoint):
@@ -172,19 +160,8 @@ def test_the_default_model_is_fetched_converted_and_sane():
 def test_a_model_problem_on_the_command_line_is_one_line(loopback):
     url = loopback(hub_answers((500, {}, b"")))
     command = [sys.executable, "-m", "scripts.model", "--set", f"model_name_or_path={NAME}"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**_environment(), "HF_ENDPOINT": url},
-    )
+    env = os.environ | {"HF_ENDPOINT": url, "HF_TOKEN": ""}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: `meta-llama")
     assert "Traceback" not in done.stderr
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {k: v for k, v in os.environ.items() if k != "HF_TOKEN"}

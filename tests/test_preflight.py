@@ -73,11 +73,9 @@ def nvidia_smi(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "code", "cuda", "finding", "fix"),
     [
-        ("No devices were found", 6, None, "no NVIDIA driver", "nvidia-smi must list a GPU"),
         ("570.86\\n570.86\\n", 0, "13.0", "570.86 is too old for CUDA 13.0", "580 or newer"),
         ("570.86\\n", 0, "12.6", "torch sees none, with driver 570.86", "CUDA_VISIBLE_DEVICES"),
         ("570.86\\n", 0, None, "this torch is built for the CPU", "scripts/setup.sh"),
-        ("[N/A]", 0, "13.0", "torch sees none, with driver [N/A]", "nvidia-smi"),
         ("NVIDIA-SMI has failed", 9, "13.0", "nvidia-smi fails: NVIDIA-SMI has failed", "restart"),
     ],
 )
@@ -107,18 +105,12 @@ def test_several_gpus_want_several_processes():
     assert line.status == OK and "one of 4 is used" in line.finding
 
 
-def test_triton_needs_a_compiler_and_pythons_headers(tmp_path, monkeypatch, a100, tiny_cfg):
-    (tmp_path / "gcc").write_text("#!/bin/sh\n")
-    (tmp_path / "gcc").chmod(0o755)
+def test_without_a_compiler_a_gpu_run_is_slower(tmp_path, monkeypatch, a100, tiny_cfg):
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     first, *_ = gpu_lines(a100)
     assert (first.status, first.what) == (WARN, "Triton")
-    assert first.finding.startswith("Python.h missing")
-    assert "gcc libc6-dev python3-dev" in first.fix
-    (tmp_path / "Python.h").write_text("")
-    assert "Triton" not in [line.what for line in gpu_lines(a100)]
+    assert first.finding.startswith("a C compiler") and "gcc libc6-dev python3-dev" in first.fix
     assert stands(gpu_lines, tiny_cfg(use_cpu=True)) == [(OK, "device")]
 
 
@@ -158,9 +150,7 @@ def test_packages_are_held_against_the_pins(tiny_cfg, monkeypatch):
         (hub(GATED), "hf_good", OK, "granted", ""),
         (hub(GATED, REFUSED), None, FAIL, "there is no token", "set HF_TOKEN"),
         (hub(GATED, REFUSED), "hf_other", FAIL, "this token may not read it", "Accept its licence"),
-        (hub(MISSING), "hf_any", FAIL, "no model", "check the spelling"),
         (hub((500, {}, b"oops")), None, FAIL, "the hub fails (500)", "try again later"),
-        (hub((401, {}, b"")), "hf_old", FAIL, "does not know your token", "Make a new one"),
         (hub((429, {"Retry-After": "900"}, b"")), None, FAIL, "come back in 900 s", "HF_TOKEN"),
     ],
 )
@@ -209,7 +199,6 @@ def test_access_to_the_dataset(endpoint, tiny_cfg, a100):
     [
         ((200, {}, b'{"data": {"viewer": {"username": "me"}}}'), OK),
         ((200, {}, b'{"data": {"viewer": null}}'), WARN),
-        ((500, {}, b"oops"), WARN),
         ((200, {}, b"not json"), WARN),
     ],
 )

@@ -54,13 +54,9 @@ def set_up(tmp_path):
     ("driver", "cuda", "env", "refused"),
     [
         ("570.172.08", "", {}, "580"),
-        ("580.65.06", "", {}, None),
         ("595.71.05", "", {}, None),
-        ("570.172.08", "12.6", {"SYSTEM_TORCH": "1"}, None),
         ("515.43", "12.6", {"SYSTEM_TORCH": "1"}, "525"),
-        ("570.172.08", "13.0", {"SYSTEM_TORCH": "1"}, "580"),
         ("570.172.08", "", {"SYSTEM_TORCH": "1"}, None),  # a CPU build: the last check's to say
-        ("", "", {}, None),  # nvidia-smi fails: no driver to speak of
         (None, "", {}, None),
     ],
 )
@@ -81,9 +77,6 @@ def test_an_old_driver_stops_before_anything_is_made(set_up, driver, cuda, env, 
     ("smi", "said"),
     [
         ("echo 'NVIDIA-SMI has failed because it could not'; exit 9", "(exit code 9): NVIDIA-SMI"),
-        ("echo 'version mismatch' >&2; exit 18", "(exit code 18): version mismatch"),
-        ("exit 12", "(exit code 12): it says nothing"),
-        ("echo '[N/A]'", None),
         ("echo 'No devices were found'; exit 6", None),
     ],
 )
@@ -94,7 +87,7 @@ def test_an_nvidia_smi_that_fails_is_told(set_up, smi, said):
     assert (said or "") in done.stderr
 
 
-def check(**env) -> subprocess.CompletedProcess:
+def checked(**env) -> subprocess.CompletedProcess:
     """The last step of set-up, on the environment that is here."""
     if not (ROOT / ".venv" / "bin" / "python").exists():
         pytest.skip("there is no .venv here")
@@ -109,13 +102,12 @@ def check(**env) -> subprocess.CompletedProcess:
     ("smi", "said"),
     [
         ("echo 'GPU 0: NVIDIA A100-SXM4-80GB'", "'GPU 0: NVIDIA A100-SXM4-80GB', but torch"),
-        ("echo 'Driver/library version mismatch'; exit 18", "library version mismatch', but torch"),
         ("echo 'No devices were found'; exit 6", None),
     ],
 )
 def test_the_check_at_the_end_says_when_a_gpu_cannot_be_used(tmp_path, smi, said):
     command(tmp_path, "nvidia-smi", smi)
-    done = check(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = checked(PATH=f"{tmp_path}:{os.environ['PATH']}")
     if said:
         assert done.returncode == 1 and said in done.stderr
         assert done.stderr.startswith("setup: check failed") and done.stderr.count("\n") == 1
@@ -126,7 +118,7 @@ def test_the_check_at_the_end_says_when_a_gpu_cannot_be_used(tmp_path, smi, said
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_check_launches_a_kernel():
-    done = check()
+    done = checked()
     assert done.returncode == 0, done.stderr
     assert "NF4 works on" in done.stdout and "WARNING" not in done.stdout
 

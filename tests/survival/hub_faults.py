@@ -6,9 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -107,11 +105,6 @@ def _state(fault: Fault | None, token: str | None, state: str, *words: str) -> N
         assert state == "login" or "gated" not in line, line
 
 
-def _until_a_date() -> None:
-    date = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
-    _state(always(429, Retry_After=date), None, "busy", "come back in 3", "HF_TOKEN")
-
-
 def _falls_back(fault: Fault) -> None:
     """The default model comes from PyPI, whatever the hub says."""
     from scripts import model as step
@@ -128,36 +121,22 @@ def _falls_back(fault: Fault) -> None:
         assert path == "/from/pypi" and "from PyPI" in where, where
 
 
-def _fetched(fault: Fault | None, *said: str, resumes: bool = False) -> None:
-    """The model comes whole in spite of `fault`; `said` is printed on the way."""
+def _fetched(fault: Fault | None, resumes: bool = False) -> None:
+    """The model comes whole in spite of `fault`."""
     hub = Hub(files(), fault)
-    out = StringIO()
-    with at(hub) as cache, redirect_stdout(out):
+    with at(hub) as cache, redirect_stdout(StringIO()):
         assert fetch(NAME) == COMMIT
         got = next(cache.rglob(WEIGHTS)).read_bytes()
         assert got == hub.files[WEIGHTS], "other bytes than the hub has"
         asked = len(hub.asked)
         assert fetch(NAME) == COMMIT
         assert not [p for _, p in hub.asked[asked:] if "/resolve/" in p], "fetched twice"
-    missing = [word for word in said if word not in out.getvalue()]
-    assert not missing, f"without {missing}: {out.getvalue()}"
     assert not resumes or hub.ranges, "began anew"
 
 
 def _not_fetched(fault: Fault, *words: str) -> None:
     with at(Hub(files(), fault)):
         refused(lambda: fetch(NAME), *words, kind=HubError)
-
-
-def _after_a_fault(fault: Fault, resumes: bool) -> None:
-    """The same command again, on a hub that is well, goes on with what is fetched."""
-    hub = Hub(files(), fault)
-    with at(hub) as cache:
-        with suppress(RecipeError), redirect_stdout(StringIO()):
-            fetch(NAME)
-        hub.fault = None
-        assert fetch(NAME) == COMMIT
-        assert next(cache.rglob(WEIGHTS)).read_bytes() == hub.files[WEIGHTS]
 
 
 def _waits(fault: Fault, least: float) -> None:
@@ -251,7 +230,6 @@ def faults() -> Iterable[tuple[str, Callable[[], None]]]:
     yield "404 with token", partial(_state, MISSING, "hf_any", "missing", "this token can see")
     yield "no such revision", partial(_state, NO_REVISION, None, "revision", "model_revision")
     yield "429 for long", partial(_state, LATER, None, "busy", "come back in 900 s", "HF_TOKEN")
-    yield "429 until a date", _until_a_date
     yield "429 until nonsense", partial(_state, always(429, Retry_After="soon"), None, "busy")
     yield "500 for good", partial(_state, always(500), None, "busy", "fails (500)")
     codes = {"401": UNKNOWN, "403": GATED, "429": LATER, "500": always(500)}
@@ -260,25 +238,20 @@ def faults() -> Iterable[tuple[str, Callable[[], None]]]:
     yield "429, then well", partial(_waits, first(1, (429, {"Retry-After": "1"}, b"")), 1)
     limit = {"RateLimit": '"api";r=0;t=1', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
     yield "429 by RateLimit, then well", partial(_waits, first(1, (429, limit, b"")), 1)
-    for code in (500, 503):
-        yield f"{code} twice, then well", partial(_fetched, first(2, (code, {}, b"")))
-        fault = first(2, (code, {}, b""), "/resolve/")
-        yield f"{code} of files twice, then well", partial(_fetched, fault)
+    yield "503 twice, then well", partial(_fetched, first(2, (503, {}, b"")))
+    fault = first(2, (503, {}, b""), "/resolve/")
+    yield "503 of files twice, then well", partial(_fetched, fault)
     yield "nothing wrong", partial(_fetched, None)
     yield "download cut three times", partial(_fetched, on_weights("cut", 3), resumes=True)
     yield "download slow", partial(_fetched, on_weights("stall", 1))
-    yield "download damaged once", partial(_fetched, on_weights("damage", 1), "checksum")
-    yield "download always damaged", partial(_not_fetched, on_weights("damage", 99), "checksum")
-    yield "damaged, then well", partial(_after_a_fault, on_weights("damage", 99), False)
     gone = first(99, (404, {"X-Error-Code": "EntryNotFound"}, b""), "/resolve/")
     yield "files listed and not there", partial(_not_fetched, gone, "404")
     yield "a .bin model", partial(_pickle, "pytorch_model.bin")
-    yield "a .bin model in parts", partial(_pickle, "pytorch_model-00001-of-00002.bin", "x.bin")
     yield "hub down, model cached", partial(_cached, always(500))
     yield "tokenizer alone", _small_only
     yield "commit pinned", _pinned
     yield "dataset's commit", partial(_dataset, None)
     yield "dataset's commit after a 503", partial(_dataset, first(1, (503, {}, b"")))
     yield "dataset missing", partial(_dataset, MISSING, "dataset `some/model`")
-    for name, fault in {"well": None, "damaged": on_weights("damage", 99), "403": GATED}.items():
+    for name, fault in {"well": None, "403": GATED}.items():
         yield f"token stays, {name}", partial(_token_stays, fault)

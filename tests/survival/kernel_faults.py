@@ -38,7 +38,7 @@ def strike(signum: int, whom: str, expected: int, *words: str) -> None:
 
 
 def kernel_killed() -> None:
-    strike(signal.SIGKILL, "kernel", 1, "kernel was killed", "The plan needs", "GB of memory")
+    strike(signal.SIGKILL, "kernel", 1, "kernel was killed", "python -m scripts.plan")
 
 
 def command_terminated() -> None:
