@@ -26,7 +26,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import release_memory
 from huggingface_hub import constants
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -253,25 +253,6 @@ def attention_problem(config: PretrainedConfig, wanted: str | None) -> str | Non
             "set attn_implementation: eager"
         )
     return None
-
-
-def parameter_counts(
-    path: str, peft_config: PeftConfig | None, revision: str = "main"
-) -> dict[str, int]:
-    """Count the parameters on the meta device: no weights are read or made.
-
-    Returns:
-        `trained` (the adapter's; without one, `peft_config` None, all), `base` (the model's own)
-        and `total`, in parameters. The share trained is `trained / total`, as PEFT prints it.
-    """
-    with init_empty_weights(include_buffers=True):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, revision=revision))
-        size = base.num_parameters()
-        if peft_config is None:
-            return {"trained": size, "base": size, "total": size}
-        model = get_peft_model(base, peft_config)
-    trained, total = model.get_nb_trainable_parameters()
-    return {"trained": trained, "base": size, "total": total}
 
 
 def free_memory() -> None:

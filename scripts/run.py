@@ -96,26 +96,15 @@ def kept(cfg: Config) -> str:
     return f"Kept: {last}: the same command goes on from there"
 
 
-def kernel_died(cfg: Config, kills_before: int) -> str:
+def kernel_died(cfg: Config) -> str:
     """What the death of the notebook's kernel means: nearly always a kill for lack of memory."""
-    killed = out_of_memory_kills() - kills_before
-    sure = f"the system's count of such kills rose by {killed}" if killed > 0 else "most likely"
     gb = psutil.virtual_memory()
     return (
-        "The notebook's kernel was killed from outside, as the system does when memory runs short "
-        f"({sure}). This machine has {gb.total / GB:.1f} GB, of which {gb.available / GB:.1f} are "
+        "The notebook's kernel was killed from outside, as the system does when memory runs "
+        f"short. This machine has {gb.total / GB:.1f} GB, of which {gb.available / GB:.1f} are "
         "free now; `python -m scripts.plan` says how much the run needs and what to change. "
         f"{kept(cfg)}."
     )
-
-
-def out_of_memory_kills() -> int:
-    """How many processes Linux has killed for lack of memory since it started; 0 if unknown."""
-    try:
-        words = Path("/proc/vmstat").read_text().split()
-        return int(words[words.index("oom_kill") + 1])
-    except (OSError, ValueError):
-        return 0
 
 
 class Signals:
@@ -179,7 +168,7 @@ def main(args: argparse.Namespace) -> None:
     settle(cfg, resume=args.resume, overwrite=args.overwrite)
     if cfg.dpo.resume_from_checkpoint:
         overrides["resume_from_checkpoint"] = cfg.dpo.resume_from_checkpoint
-    start, kills, signals = time.monotonic(), out_of_memory_kills(), Signals()
+    start, signals = time.monotonic(), Signals()
     notebook = cfg.run_dir / "notebook.ipynb"
     try:
         execute(cfg, args.config, overrides)
@@ -206,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
             signals.end(said)
         if not notebook.exists():
             raise
-        said = kernel_died(cfg, kills)
+        said = kernel_died(cfg)
         put_on_top(cfg, "The kernel was killed", said)
         sys.exit(f"\nerror: {said}\nIts output so far, with this at the top: {notebook}")
     print(summary(cfg))

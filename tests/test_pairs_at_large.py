@@ -18,7 +18,7 @@ from scripts.pairs.report import held_out_text, report_text
 from scripts.pairs.sources import DataError
 from scripts.pairs.tokens import templated, tokenize_pairs
 from scripts.plan_memory import choose_max_length
-from scripts.preflight import FAIL, OK, WARN, dataset_lines
+from scripts.preflight import FAIL, OK, WARN, local_data
 from scripts.run_folder import start_run
 from scripts.training import assemble
 
@@ -203,20 +203,20 @@ def test_what_the_trainer_refuses_the_preflight_refuses(name, tiny_cfg, tmp_path
     with pytest.raises(DataError) as refused:
         pairs_of(cfg)
     assert told in str(refused.value)
-    (line,) = dataset_lines(cfg)
+    ((line,), _) = local_data(cfg)
     assert line.status == FAIL and told in line.finding
 
 
 def test_the_preflight_counts_the_pairs_that_the_trainer_takes(tiny_cfg, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", many(20))
     cfg = tiny_cfg(dataset_name=str(path), use_cpu=True, max_length="auto")
-    (line,) = dataset_lines(cfg)
+    ((line,), _) = local_data(cfg)
     assert line.status == OK
     assert "16 pairs to train on, 4 held out, max_length about 64" in line.finding
     assert cfg.length_is_open and cfg.dpo.max_length == 64
     write_jsonl(path, [*many(20), explicit("Why?", "So.", "So.")])
     for mode, status in (("drop", WARN), ("error", FAIL)):
-        (line,) = dataset_lines(tiny_cfg(dataset_name=str(path), use_cpu=True, on_bad_rows=mode))
+        ((line,), _) = local_data(tiny_cfg(dataset_name=str(path), use_cpu=True, on_bad_rows=mode))
         assert line.status == status and "1 bad row" in line.finding
 
 

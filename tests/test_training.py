@@ -8,12 +8,11 @@ import torch
 from conftest import BOT, EOT, LLAMA3_WORDS, PAIRS, token_rows
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
-from trl import get_peft_config
 
 from scripts.config import load_config
 from scripts.evaluate import implicit_rewards, pair_logps
 from scripts.export import completion_logps
-from scripts.model import load_model, load_tokenizer, parameter_counts
+from scripts.model import load_model, load_tokenizer
 from scripts.pairs.formats import to_pair
 from scripts.run_folder import describe_machine, start_run
 from scripts.run_log import history
@@ -106,7 +105,7 @@ def test_one_reference_and_no_second_model(tiny_trainer):
     assert (after["chosen"] != before["chosen"]).all()
 
 
-def test_only_the_adapter_is_trained_and_its_count_is_true(tiny_trainer, tiny_llama3):
+def test_only_the_adapter_is_trained_and_its_count_is_true(tiny_trainer):
     trainer = tiny_trainer()
     base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
     trainer.train()
@@ -115,9 +114,7 @@ def test_only_the_adapter_is_trained_and_its_count_is_true(tiny_trainer, tiny_ll
             assert value.requires_grad
         else:
             assert torch.equal(value, base[name]), name
-    counts = parameter_counts(str(tiny_llama3), trainer.model.peft_config["default"])
-    trained, total = trainer.model.get_nb_trainable_parameters()
-    assert (counts["trained"], counts["total"]) == (trained, total)
+    trained, _ = trainer.model.get_nb_trainable_parameters()
     # by hand: rank 16 on 64->64 (q, o), 64->32 (k, v), 64->128 (gate, up) and 128->64 (down)
     assert trained == 2 * 16 * (2 * 128 + 2 * 96 + 3 * 192)
 
@@ -165,27 +162,6 @@ def test_llama3_shape_in_nf4_takes_one_step(tiny_cfg, llama3_vocabulary):
     assert history(trainer.state.log_history)["loss"].iloc[0] == pytest.approx(math.log(2), 1e-2)
     assert not torch.equal(before, after.lora_B["default"].weight)
     assert trainer.model.get_base_model().lm_head.out_features == 128_256
-
-
-def test_llama3_8b_and_rank_416_counts(tmp_path):
-    """The counts of the 8B configs, from the architecture alone."""
-    shape = {
-        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
-        "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    from scripts.config import load_config
-
-    for name, trained, share in (
-        ("llama3-8b-a100", 41_943_040, 0.0052),
-        ("llama3-8b-a100-rank416", 1_090_519_040, 0.12),
-    ):
-        cfg = load_config(f"configs/{name}.yaml", {"use_cpu": True})
-        counts = parameter_counts(str(tmp_path), get_peft_config(cfg.model))
-        assert counts["base"] == 8_030_261_248
-        assert counts["trained"] == trained
-        assert counts["trained"] / counts["total"] == pytest.approx(share, rel=0.01)
 
 
 def test_run_folder_says_what_made_it(tiny_cfg):
