@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict
+from torch.utils.benchmark import Timer
 from transformers import TrainerCallback
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl import DPOTrainer
@@ -38,6 +39,7 @@ from scripts import plots
 from scripts.base import ROOT, RecipeError
 from scripts.config import Config, load_config, parse_overrides
 from scripts.plan import parse_case, step_flops
+from scripts.run_folder import describe_machine
 from scripts.run_log import RunLog
 from scripts.training import assemble
 
@@ -71,9 +73,11 @@ def trial_trainer(cfg: Config, sizes: tuple[int, int, int] | None, count: int = 
     """
     pairs = None
     if sizes:  # TRL tokenises text when it builds a trainer; what it trains on is replaced below
-        texts = {"prompt": "Is it so?", "chosen": "Yes, it is.", "rejected": "No, not at all."}
-        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-        pair = {side: [{"role": roles[side], "content": text}] for side, text in texts.items()}
+        pair = {
+            "prompt": [{"role": "user", "content": "Is it so?"}],
+            "chosen": [{"role": "assistant", "content": "Yes, it is."}],
+            "rejected": [{"role": "assistant", "content": "No, not at all."}],
+        }
         pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([pair])))
     run = assemble(cfg, pairs)
     run.trainer.remove_callback(RunLog)  # a trial leaves the log of a real run alone
@@ -84,11 +88,8 @@ def trial_trainer(cfg: Config, sizes: tuple[int, int, int] | None, count: int = 
 
 
 def require_sharing(trainer: DPOTrainer, cfg: Config) -> None:
-    """What is measured as prefix sharing must not have gone TRL's way.
-
-    Raises:
-        RecipeError: the config wants prefix sharing, and the trainer has refused it.
-    """
+    """Raise a `RecipeError` if the config wants prefix sharing and the trainer has refused it: what
+    is measured as prefix sharing must not have gone TRL's way."""
     refusal = getattr(trainer, "refusal", None)
     if cfg.recipe.prefix_sharing and refusal:
         raise RecipeError(f"nothing is measured: {refusal}; set prefix_sharing=false")
@@ -103,17 +104,11 @@ def lengths_of(batch: dict) -> np.ndarray:
 
 
 def matmul_limit(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second in a product of two large square matrices, the median of five."""
+    """Operations a second in a product of two large square matrices, the median of many."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):
-        _wait(device)
-        start = time.perf_counter()
-        a @ b
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / median(seconds[1:])
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.blocked_autorange().median
 
 
 def computed_dtype(trainer: DPOTrainer) -> torch.dtype:
@@ -129,12 +124,9 @@ def _wait(device: torch.device) -> None:
 
 
 def trl_attentions() -> list[str]:
-    """The attention implementations of transformers that can be had on this machine."""
-    flash = {
-        "flash_attention_2": is_flash_attn_2_available,
-        "flash_attention_3": is_flash_attn_3_available,
-    }
-    return ["eager", "sdpa", *(name for name, available in flash.items() if available())]
+    """The attention implementations of transformers that this machine has."""
+    two, three = is_flash_attn_2_available(), is_flash_attn_3_available()
+    return ["eager", "sdpa", *["flash_attention_2"] * two, *["flash_attention_3"] * three]
 
 
 class StepRecorder(TrainerCallback):
@@ -172,13 +164,9 @@ class StepRecorder(TrainerCallback):
         return [np.concatenate([lengths_of(one) for one in step]) for step in self._batches]
 
 
-def measure(
-    config: str, overrides: dict, case: str, attention: str | None, profiler=None
-) -> dict:  # fmt: skip
-    """Train a few steps in this process.
-
-    With `attention` TRL's trainer with that implementation, without it prefix sharing. `profiler`
-    is a context that the steps run in.
+def measure(config: str, overrides: dict, case: str, attention: str | None, profiler=None) -> dict:
+    """Train a few steps in this process: TRL's trainer with the implementation `attention`, or,
+    without it, prefix sharing. `profiler` is a context that the steps run in.
 
     Returns:
         `pairs_per_second` and `share_of_limit` (of the rate of one large product), medians over the
@@ -218,28 +206,11 @@ def measure(
     }
 
 
-# Which of torch's operations belong together, by what their names begin with.
-GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm"),
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot"),
-    "NF4 to 16 bits": ("bitsandbytes::dequantize", "bitsandbytes::gemm"),
-}
-
-
-def profile(config: str, overrides: dict, case: str) -> pd.Series:
-    """Where the time of a few steps with prefix sharing goes: shares by `GROUPS`, then the largest
-    of the other operations."""
+def profile(config: str, overrides: dict, case: str) -> str:
+    """torch's table of where the time of a few steps with prefix sharing goes."""
     profiler = torch.profiler.profile()
     measure(config, overrides, case, None, profiler)
-    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    total = sum(times.values())
-    shares = dict.fromkeys(GROUPS, 0.0)
-    for key in list(times):
-        for group, names in GROUPS.items():
-            if key.startswith(names):
-                shares[group] += times.pop(key, 0) / total
-    largest = sorted(times, key=times.get, reverse=True)[:8]
-    return pd.Series(shares | {key: times[key] / total for key in largest}).map("{:.1%}".format)
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -322,13 +293,6 @@ def table(results: dict) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def machine(cfg: Config) -> str:
-    """What it ran on."""
-    if cfg.dpo.device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def main(args: argparse.Namespace) -> None:
     if args.child:
         print(json.dumps(measure(*json.loads(args.child))))
@@ -339,11 +303,11 @@ def main(args: argparse.Namespace) -> None:
             parse_case(case)
     overrides = parse_overrides(args.overrides)
     if args.profile:
-        print(profile(args.config, overrides, args.profile).to_string())
+        print(profile(args.config, overrides, args.profile))
         return
-    cfg = load_config(args.config, overrides)
+    load_config(args.config, overrides)  # mistakes show before a process starts
     folder = Path(args.output_dir or "outputs/benchmark")
-    results = {"machine": machine(cfg), "config": args.config}
+    results = {"machine": describe_machine()["device"], "config": args.config}
     results |= {"cases": {}, "growth": {}, "tried": {}}  # `tried`: every attention of TRL's
     for name in args.formats:
         more = overrides | {"load_in_4bit": name == "nf4"}

@@ -229,12 +229,8 @@ OPTIONS = {  # of each command, and of its actions
     "lessons": [
         *CONFIG,
         option("--out", type=Path, default=Path("notebooks/lessons.json"), help="file to write"),
-        option("--arms", nargs="*", help="only these: alone, sft, sft_fifth, lopsided, norm"),
-        option("--pairs", type=COUNT, default=32, help="pairs to train on"),
-        option("--held-out", type=COUNT, default=40, help="held-out pairs to score"),
-        option("--epochs", type=COUNT, default=2, help="passes over the pairs"),
-        option("--prompts", type=COUNT, default=16, help="held-out prompts to reply to"),
-        option("--max-new-tokens", type=COUNT, default=64, help="cap on a reply"),
+        option("--arms", nargs="*", choices=["alone", "sft", "sft_fifth", "lopsided", "norm"],
+               help="only these"),
     ],
     "launchable": [
         option("--file", type=Path, default=ROOT / "brev-launchable.yaml", help="the Compose file"),
@@ -337,11 +333,6 @@ def _unread(error: BrokenPipeError) -> None:
     for stream in (1, 2):  # what is buffered must not fail again at the interpreter's end
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     sys.exit(UNREAD)
-
-
-def _notes(error: Exception) -> str:
-    """What a training that `error` broke off says of its checkpoints, to end a line with."""
-    return "".join(f". {note}" for note in getattr(error, "__notes__", []))
 
 
 def _notes(error: Exception) -> str:

@@ -67,9 +67,7 @@ class RunFolder:
 
     @property
     def learning_rate(self) -> float:
-        return float(
-            self.config.get("learning_rate") or max(s["learning_rate"] for s in self.steps)
-        )
+        return float(self.config.get("learning_rate") or max(self.column("learning_rate")))
 
     @property
     def has_sft(self) -> bool:
@@ -114,15 +112,10 @@ def read_run(folder: Path) -> RunFolder:
 
 def _read(path: Path) -> dict:
     """A YAML or JSON mapping (JSON is YAML too); empty if there is no such file."""
-    if not path.is_file():
-        return {}
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} cannot be read; make it again or delete it")
-    return values
+        return dict(yaml.safe_load(path.read_text())) if path.is_file() else {}
+    except (yaml.YAMLError, ValueError, TypeError):
+        raise RecipeError(f"{path} cannot be read; make it again or delete it") from None
 
 
 def diagnose(run: RunFolder) -> list[Diagnosis]:
@@ -140,25 +133,25 @@ def not_finite(run: RunFolder) -> Diagnosis | None:
 
     transformers keeps them out of `loss`, so all columns count.
     """
+    slower = f"learning_rate: {run.learning_rate / 10:g} and max_grad_norm: 1.0"
     if run.failed:
         return Diagnosis(
             "NaN",
             "the arithmetic broke down, and training stopped there",
             f"step {run.failed['step']}: {run.failed['what']}; its pairs are in failed_batch.json, "
             f"learning rate {run.learning_rate:g}",
-            f"learning_rate: {run.learning_rate / 10:g} and max_grad_norm: 1.0; look at the pairs",
+            f"{slower}; look at the pairs",
         )
     for step in run.steps:
         bad = [k for k, v in step.items() if isinstance(v, float) and not math.isfinite(v)]
         if bad:
             return Diagnosis(
                 "NaN",
-                "the arithmetic broke down; after that nothing was learned, and the adapter is "
+                "the arithmetic broke down; nothing was learned after it, and the adapter is "
                 "useless",
                 f"{', '.join(f'{name} is {step[name]}' for name in sorted(bad)[:3])} at step "
                 f"{step['step']}, learning rate {run.learning_rate:g}",
-                f"learning_rate: {run.learning_rate / 10:g} and max_grad_norm: 1.0; bf16: true "
-                "rather than fp16: true",
+                f"{slower}; bf16: true rather than fp16: true",
             )
     return None
 
@@ -181,12 +174,10 @@ def chosen_falls(run: RunFolder) -> Diagnosis | None:
     fall = -reward / run.beta
     if fall < FALLEN or -reward < FALLEN_SHARE * abs(margin):
         return None
-    cure = (
-        f"learning_rate: {run.learning_rate / 3:.2g}, or a larger weight of sft in loss_weights"
-        if run.has_sft
-        else "loss_type: [sigmoid, sft] with loss_weights: [1.0, 1.0]; else "
-        f"learning_rate: {run.learning_rate / 3:.2g}"
-    )
+    slower = f"learning_rate: {run.learning_rate / 3:.2g}"
+    cure = f"loss_type: [sigmoid, sft] with loss_weights: [1.0, 1.0]; else {slower}"
+    if run.has_sft:
+        cure = f"{slower}, or a larger weight of sft in loss_weights"
     return Diagnosis(
         "chosen reward falls",
         "the model unlearns the good answers along with the bad ones; the margin only grows "
@@ -200,8 +191,7 @@ def chosen_falls(run: RunFolder) -> Diagnosis | None:
 def leap(run: RunFolder) -> Diagnosis | None:
     """More than half of the margin between two logs: the step was too large.
 
-    A log is of one batch, and batches differ: the three logs after a leap must confirm it, so a
-    leap at the very end does not count.
+    A log is of one batch, and batches differ: the three logs after a leap must confirm it.
     """
     margins = run.column("rewards/margins")
     jumps = [
@@ -331,10 +321,8 @@ def in_words(folder: Path) -> Iterator[str]:
     try:
         found = diagnose(run)
     except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise RecipeError(
-            f"{folder}: metrics.jsonl, config.yaml or evaluation.json is damaged ({error!r}); make "
-            "it again, or move it away"
-        ) from error
+        files = "metrics.jsonl, config.yaml or evaluation.json"
+        raise RecipeError(f"{folder}: {files} is damaged ({error!r}); move it away") from error
     yield from map(str, found)
     if not run.evaluation:
         yield "There is no evaluation.json yet: held-out pairs and replies were not measured."

@@ -48,16 +48,13 @@ from scripts.sharing.trainer import PrefixSharedDPOTrainer
 from scripts.tables import BASELINES, checked_wins, compared, evaluation_table, win_rates
 from scripts.training import assemble
 
-PARTIAL = "replies.partial.jsonl"  # in the run folder while the models still reply
-
 
 def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.DataFrame]:
     """Compare policy and base: by their replies to held-out prompts, and on the `test` pairs.
 
     The prompts are those of the pairs or, with `questions`, questions on held-out passages. Side
     probes show what was memorised and where tuning did harm, and `baselines` what the base model
-    can do by other means. Each model's replies go into the run folder (`replies.partial.jsonl`) as
-    soon as they are complete, so a later failure does not lose them.
+    can do by other means.
 
     Returns:
         The figures as in `evaluation.json` (each with its bootstrap 95% interval), and a frame
@@ -68,12 +65,12 @@ def evaluate(trainer: DPOTrainer, cfg: Config, test: Dataset) -> tuple[dict, pd.
     """
     refuse_stale(trainer, cfg)
     restore_reference(trainer, cfg)
-    frame, replies = _ask_both(trainer, cfg, main_probe(cfg, test))
+    probe = main_probe(cfg, test)
+    frame, replies = _ask_both(trainer, cfg, probe)
     for who, values in _base_nll(trainer, replies).items():
         frame[f"{who}_base_nll"] = values
     if cfg.recipe.baselines:
-        _ask_baselines(trainer, cfg, main_probe(cfg, test), frame)
-        _keep(frame, cfg)
+        _ask_baselines(trainer, cfg, probe, frame)
     # Not `test` itself: the trainer drops pairs whose prompt alone is as long as `max_length`.
     pairs = trainer.eval_dataset
     tokens = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
@@ -102,8 +99,6 @@ def _ask_both(
                 trainer, cfg, model, probe.prompts, probe.options, f"{label} {who}".strip()
             )
         _add_measures(frame, who, replies[who], probe)
-        if not label:
-            _keep(frame, cfg)
     return frame, replies
 
 
@@ -111,7 +106,7 @@ def replies_that_fit(
     trainer: DPOTrainer, cfg: Config, model: PreTrainedModel, prompts: list, options: list | None,
     label: str, **decoding: float,
 ) -> list[Reply]:  # fmt: skip
-    """Replies, as many at a time as the config says, or fewer if memory runs out."""
+    """Replies, as many at a time as the config says; half as many each time memory runs out."""
     size = cfg.recipe.generation_batch_size
     while True:
         free_memory()  # blocks of other sizes, which would stay beside the new ones
@@ -124,7 +119,7 @@ def replies_that_fit(
             if size == 1 or not should_reduce_batch_size(error):
                 raise
         size //= 2
-        print(f"{label}: out of memory; trying again with {size} replies at a time")
+        print(f"{label}: out of memory; trying again, {size} at a time")
 
 
 def _ask_baselines(trainer: DPOTrainer, cfg: Config, probe: Probe, frame: pd.DataFrame) -> None:
@@ -180,9 +175,8 @@ def _base_nll(trainer: DPOTrainer, replies: dict[str, list[Reply]]) -> dict[str,
 def reference(trainer: DPOTrainer) -> Iterator[PreTrainedModel]:
     """The model as it was before training, wherever `trainer` keeps it.
 
-    A run with an adapter has one model: its reference is that model with the adapter switched off,
-    or with TRL's frozen copy of an adapter that it started from. A run without an adapter has a
-    second model.
+    With LoRA that is the same model, its adapter switched off, or TRL's frozen copy of the adapter
+    that it started from; without LoRA, a second model.
     """
     if trainer.ref_model is not None:
         yield trainer.ref_model
@@ -193,11 +187,8 @@ def reference(trainer: DPOTrainer) -> Iterator[PreTrainedModel]:
 
 
 def restore_reference(trainer: DPOTrainer, cfg: Config) -> None:
-    """Load the model as it was before training again, if TRL has dropped or changed it.
-
-    Only runs without an adapter need it: `precompute_ref_log_probs` scores the pairs once and
-    keeps no reference, and `sync_ref_model` moves it along with the policy.
-    """
+    """Without LoRA: load the model as it was before training again, if TRL has dropped it
+    (`precompute_ref_log_probs`) or moved it along with the policy (`sync_ref_model`)."""
     dropped = trainer.ref_model is None and not isinstance(trainer.model, PeftModel)
     if dropped or trainer.args.sync_ref_model:
         trainer.ref_model = load_model(cfg, trainer.model.config.name_or_path)
@@ -214,14 +205,12 @@ def pair_logps(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Log-probabilities of both answers of tokenised pairs, under policy and reference, in nats.
 
-    Each is the sum over a whole answer, log pi(y|x) of the DPO paper's eq. 7, and one function
-    scores both models. So `ld_alpha`, which gives an answer's tail less weight in training, plays
-    no part, nor do the reference log-probabilities that TRL keeps for the loss.
+    Each is the sum over a whole answer, log pi(y|x) of the DPO paper's eq. 7, and both models are
+    scored alike: `ld_alpha`, which weighs an answer's tail less in training, plays no part.
 
     `rows` have `prompt_ids`, `chosen_ids` and `rejected_ids`, as TRL's trainer tokenises them;
-    `max_length` cuts them as in training; `label` heads the progress bar. Returns arrays of shape
-    (pairs,), in the order of `rows`: `ref_chosen`, `ref_rejected` and, with `policy`, `chosen` and
-    `rejected`.
+    `max_length` cuts them as in training. Returns arrays of shape (pairs,), in the order of `rows`:
+    `ref_chosen`, `ref_rejected` and, with `policy`, `chosen` and `rejected`.
     """
     free_memory()
     model, size = trainer.model, trainer.args.per_device_eval_batch_size
@@ -276,9 +265,9 @@ def implicit_rewards(logps: dict[str, np.ndarray], beta: float) -> tuple[np.ndar
 def length_follows(rows: list[dict], margins: np.ndarray, max_length: int | None) -> dict:
     """How well length alone tells tokenised pairs apart, and how closely `margins` follow it.
 
-    Returns `rule` (`shorter` or `longer`: the answer that wins more often), `rule_accuracy`, and
-    `margin_correlation`, of the margins with the tokens by which the rejected answer is longer;
-    None if one of them does not vary. Answers are cut at `max_length`, as in training.
+    Returns `rule` (the answer that wins more often: `shorter` or `longer`), `rule_accuracy`, and
+    `margin_correlation` with the tokens by which the rejected answer is longer; None if one of the
+    two does not vary. Answers are cut at `max_length`, as in training.
     """
     limit = max_length or np.inf
     prompt, *answers = (
@@ -315,7 +304,8 @@ def _figures(
         aimed_at |= {f"{name}: {measure}": m["change"] for measure, m in side.items()}
     checked = "exact" in measures
     drawn = "passages (with all their questions)" if checked else "prompts (with all their pairs)"
-    figures = {
+    judge = "the checker that measures exact answers, which also ranked the pairs"
+    return {
         "prompts": len(frame),
         "pairs": len(margins),
         "max_new_tokens": cfg.recipe.max_new_tokens,
@@ -331,14 +321,7 @@ def _figures(
             for aim in aims_of(cfg.recipe.aims, checked)
             if aim.figure in aimed_at
         },
-    }
-    if checked:
-        figures["win_rate"] = _win_rate(
-            frame,
-            checked_wins(frame),
-            "the checker that measures exact answers, which also ranked the pairs",
-        )
-    return figures
+    } | ({"win_rate": _win_rate(frame, checked_wins(frame), judge)} if checked else {})
 
 
 def judged_wins(frame: pd.DataFrame, prompts: list, judge: Judge) -> np.ndarray:
@@ -366,21 +349,12 @@ def _win_rate(frame: pd.DataFrame, wins: np.ndarray, judge: str) -> dict:
     return {"judge": judge} | length_controlled(wins, *lengths, frame["cluster"])
 
 
-def _lines(frame: pd.DataFrame) -> str:
-    return frame.to_json(orient="records", lines=True, force_ascii=False)
-
-
-def _keep(frame: pd.DataFrame, cfg: Config) -> None:
-    if cfg.is_main_process:
-        write_whole(cfg.run_dir / PARTIAL, _lines(frame))
-
-
 def save_evaluation(figures: dict, frame: pd.DataFrame, run_dir: Path) -> None:
     """Write `evaluation.json` and the replies side by side (`replies.jsonl`) into the run folder; a
     kill or a full disk leaves an earlier evaluation as it was."""
-    write_whole(run_dir / "replies.jsonl", _lines(frame))
+    replies = frame.to_json(orient="records", lines=True, force_ascii=False)
+    write_whole(run_dir / "replies.jsonl", replies)
     write_whole(run_dir / "evaluation.json", json.dumps(figures, indent=2, allow_nan=False))
-    (run_dir / PARTIAL).unlink(missing_ok=True)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -388,9 +362,9 @@ def main(args: argparse.Namespace) -> None:
     trained = require_adapter(cfg)
     run = assemble(cfg)
     load_adapter(run.trainer.model, trained)
-    judge = (
-        make_judge(args, cfg.dpo.device) if args.judge != "checker" else None
-    )  # before any reply
+    judge = None
+    if args.judge != "checker":  # before any reply
+        judge = make_judge(args, cfg.dpo.device)
     figures, frame = evaluate(run.trainer, cfg, run.pairs["test"])
     if judge:
         wins = judged_wins(frame, main_probe(cfg, run.pairs["test"]).prompts, judge)

@@ -26,11 +26,8 @@ class Aim:
     at_most: float = np.inf
 
     def verdict(self, interval: dict) -> str:
-        """`met` or `missed` if the whole 95% interval is on one side of the bound.
-
-        Otherwise, or with fewer than `FEWEST_PROMPTS`, the data cannot tell, and the verdict says
-        so. `interval` is what `bootstrap` returns.
-        """
+        """`met` or `missed` if the whole 95% interval (of `bootstrap`) is on one side of the bound;
+        otherwise, or with fewer than `FEWEST_PROMPTS`, the data cannot tell."""
         if interval["prompts"] < FEWEST_PROMPTS:
             return TOO_FEW
         if self.at_least <= interval["low"] and interval["high"] <= self.at_most:
@@ -71,14 +68,11 @@ def aims_of(given: dict[str, dict[str, float]] | None, questions: bool) -> tuple
     """
     if given is None:
         return QUESTION_AIMS if questions else AIMS
-    return tuple(
-        Aim(
-            figure,
-            f"{figure} " + " and ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in bounds.items()),
-            **bounds,
-        )
-        for figure, bounds in given.items()
-    )
+    aims = []
+    for figure, bounds in given.items():
+        words = " and ".join(f"{bound.replace('_', ' ')} {v:g}" for bound, v in bounds.items())
+        aims.append(Aim(figure, f"{figure} {words}", **bounds))
+    return tuple(aims)
 
 
 def bootstrap(
@@ -92,14 +86,13 @@ def bootstrap(
     """Mean of `values` with its bootstrap 95% interval (percentile method).
 
     Prompts are redrawn with replacement. `prompts` names the prompt, or passage, of each value:
-    values with the same name are not independent and are drawn together (a cluster bootstrap).
-    Without it each value is a prompt of its own. To compare two models, pass the differences
-    prompt by prompt. With `per` (positive, one for each value) the figure is sum(values) /
-    sum(per).
+    values of the same name are not independent and are drawn together (a cluster bootstrap). To
+    compare two models, pass the differences prompt by prompt. With `per` (positive, one for each
+    value) the figure is sum(values) / sum(per).
 
     Returns:
         `mean`, `low`, `high`, and the number of `prompts`. One prompt has no interval (`low` and
-        `high` are None), and equal values have one of no width.
+        `high` are None).
 
     Raises:
         ValueError: there are no values.
@@ -129,15 +122,10 @@ def length_controlled(
     """A model's win rate, and the same with the effect of length removed, with 95% intervals.
 
     AlpacaEval 2's model (arXiv 2404.04475, eq. 2) for one pair of models: a win has the log-odds
-    theta + phi * tanh(d / std(d)), where d is the difference of the two lengths; the
+    theta + phi * tanh(d / std(d)), where d is the difference of the two lengths in tokens; the
     length-controlled win rate is sigmoid(theta), the rate at equal lengths. Intervals redraw
-    `clusters`, such as passages, with all their prompts. Where one model is nearly always the
-    shorter, few comparisons say what equal lengths would give, and the interval is wide.
-
-    Args:
-        wins: 1, 0.5 (a tie) or 0 for each prompt.
-        lengths: of this model's answers, in tokens.
-        other_lengths: of the other model's.
+    `clusters`, such as passages, with all their prompts. `wins` are 1, 0.5 (a tie) or 0 for each
+    prompt.
 
     Returns:
         `raw` and `length_controlled`, each with `mean`, `low` and `high`, between 0 and 1.
@@ -146,19 +134,15 @@ def length_controlled(
     x = np.tanh(d / (d.std() or 1.0))
     _, of = np.unique(clusters, return_inverse=True)
     count, random = of.max() + 1, np.random.default_rng(0)
-    raws, controlled = [], []
+    draws = []
     for _ in range(WIN_RATE_DRAWS):
         weights = np.bincount(random.integers(count, size=count), minlength=count)[of].astype(float)
-        raws.append(np.average(y, weights=weights))
-        controlled.append(_at_equal_length(y, x, weights))
-    best = {"raw": y.mean(), "length_controlled": _at_equal_length(y, x, np.ones_like(y))}
+        draws.append([np.average(y, weights=weights), _at_equal_length(y, x, weights)])
+    lows, highs = np.percentile(draws, [2.5, 97.5], axis=0)
+    means = y.mean(), _at_equal_length(y, x, np.ones_like(y))
     return {
-        name: {
-            "mean": float(best[name]),
-            "low": float(np.percentile(values, 2.5)),
-            "high": float(np.percentile(values, 97.5)),
-        }
-        for name, values in (("raw", raws), ("length_controlled", controlled))
+        name: {"mean": float(means[i]), "low": float(lows[i]), "high": float(highs[i])}
+        for i, name in enumerate(("raw", "length_controlled"))
     }
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from trl import DPOTrainer
 
-from scripts.base import DEFAULT_CONFIG, RecipeError
+from scripts.base import DEFAULT_CONFIG
 from scripts.config import Config, load_config, parse_overrides
 from scripts.data import load_preferences
 from scripts.evaluate import pair_logps, reference
@@ -41,6 +41,7 @@ from scripts.training import assemble
 
 SIDES = ("chosen", "rejected")
 DPO_ALONE = {"loss_type": "sigmoid", "loss_weights": None}
+WITH_SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
 PER_TOKEN = {"loss_type": "sigmoid_norm", "loss_weights": None, "beta": 5.0}
 # With the default config, unless others are named. Answers of a few dozen tokens, where the
 # failures show; on the short ones of data/grounded the chosen answer rises with DPO alone.
@@ -64,10 +65,6 @@ class Arm:
     overrides: dict = field(default_factory=dict)
 
 
-def with_sft(weight: float) -> dict:
-    return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight]}
-
-
 ARMS = {
     # The loss asks for a margin and nothing else (DPO paper, eq. 7). With answers much alike, a
     # step against the rejected one goes against the chosen one too (Smaug, arXiv 2402.13228; Razin
@@ -75,8 +72,8 @@ ARMS = {
     "alone": Arm("DPO alone", "alike", DPO_ALONE),
     # Cure: an SFT term, at full weight as Iterative RPO has it (2404.19733, section 2), and at 0.2
     # as Llama 3 had it (2407.21783, section 4.1.4).
-    "sft": Arm("SFT term", "alike", with_sft(1.0)),
-    "sft_fifth": Arm("SFT term, weight 0.2", "alike", with_sft(0.2)),
+    "sft": Arm("SFT term", "alike", WITH_SFT),
+    "sft_fifth": Arm("SFT term, weight 0.2", "alike", WITH_SFT | {"loss_weights": [1.0, 0.2]}),
     # The shorter answer is always the right one, so length is all there need be learned (Park et
     # al., 2403.19159). Cures: the pairs of `alone`, and log-ratios per token (SimPO, 2405.14734,
     # section 2.2; Tulu 3, 2411.15124), whose beta is so many times larger.
@@ -96,19 +93,16 @@ class Size:
     max_new_tokens: int = 64
 
 
-def length_gaps(rows: Dataset) -> np.ndarray:
-    """log(rejected tokens / chosen tokens) of each pair: above 0, the rejected is the longer."""
-    _, chosen, rejected = token_counts(rows).T
-    return np.log(rejected / chosen)
-
-
 def pick_pairs(pairs: DatasetDict, size: Size, kind: str) -> DatasetDict:
-    """Pairs to train on by their lengths, and held-out ones on which length tells nothing.
+    """Pairs to train on by their lengths, and held-out ones on which length tells nothing: half
+    of these have the longer answer chosen, half the shorter. `kind` is an `Arm.pairs`."""
 
-    `kind` is an `Arm.pairs`. Of the held-out pairs, half have the longer answer chosen and half
-    the shorter, as far as there are such; a rule "the shorter wins" is right in half of them.
-    """
-    gaps, held = (length_gaps(pairs[split]) for split in ("train", "test"))
+    def gap(split: str) -> np.ndarray:
+        """log(rejected tokens / chosen tokens): above 0, the rejected answer is the longer."""
+        _, chosen, rejected = token_counts(pairs[split]).T
+        return np.log(rejected / chosen)
+
+    gaps, held = gap("train"), gap("test")
     order = np.argsort(np.abs(gaps) if kind == "alike" else -gaps, kind="stable")
     half = size.held_out // 2
     test = np.concatenate([np.flatnonzero(held < 0)[:half], np.flatnonzero(held > 0)[:half]])
@@ -159,8 +153,11 @@ def run_arms(config: str, overrides: dict, size: Size, names: list[str]) -> Iter
             "held_out": measure_pairs(trainer, cfg),
             "replies": measure_replies(trainer.model, trainer, pairs["test"], size),
         }
-        results["arms"][name] = result | {"seconds": round(time.monotonic() - started, 1)}
-        print(f"{name}: {time.monotonic() - started:.0f} s, {in_a_line(result)}", flush=True)
+        seconds = time.monotonic() - started
+        results["arms"][name] = result | {"seconds": round(seconds, 1)}
+        ends = [f"{np.mean(result['held_out'][side]):+.1f} nats {side}" for side in SIDES]
+        tokens = result["replies"]["length"]
+        print(f"{name}: {seconds:.0f} s; {', '.join(ends)}; {tokens:.0f} tokens", flush=True)
         yield results
         del trainer
         free_memory()
@@ -174,11 +171,11 @@ def step_log(trainer: DPOTrainer) -> dict[str, list[float]]:
 
 
 def measure_pairs(trainer: DPOTrainer, cfg: Config) -> dict:
-    """Held-out pairs: log-ratios of whole answers, margins, and accuracy by which is the longer.
+    """Held-out pairs: log-ratios of whole answers in nats, margins, and accuracy by which answer is
+    the longer (ties count half; None where there is no pair).
 
-    Log-ratios are in nats. `margin` is what the arm's loss compares: log-ratios of answers, or, for
-    `sigmoid_norm`, per token; chosen minus rejected, without beta. `length_gap` is
-    log(rejected tokens / chosen tokens). Accuracies count ties half; None where there is no pair.
+    `margin` is what the arm's loss compares, without beta: log-ratios of answers, or, for
+    `sigmoid_norm`, per token. `length_gap` is log(rejected tokens / chosen tokens).
     """
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     rows = trainer.eval_dataset.select_columns(columns).to_list()
@@ -205,8 +202,8 @@ def measure_pairs(trainer: DPOTrainer, cfg: Config) -> dict:
 
 
 def measure_replies(model, trainer: DPOTrainer, test: Dataset, size: Size) -> dict:
-    """Greedy replies to held-out prompts: tokens, how many finish, the share of key facts that
-    they mention (None where the data lists none), and one of them."""
+    """Greedy replies to held-out prompts: their tokens, and the share of key facts that they
+    mention (None where the data lists none)."""
     rows = test.select(pick_prompts(test["prompt"], size.prompts, seed=0))
     replies = generate_replies(
         model, trainer.processing_class, rows["prompt"],
@@ -218,36 +215,16 @@ def measure_replies(model, trainer: DPOTrainer, test: Dataset, size: Size) -> di
     if all(map(are_facts, facts)):
         both = zip(replies, facts, strict=True)
         recalled = float(np.mean([fact_recall(reply.text, listed) for reply, listed in both]))
-    return {"length": float(np.mean([r.length for r in replies])),
-            "finished": float(np.mean([r.finished for r in replies])), "right": recalled,
-            "prompt": rows[0]["prompt"][-1]["content"], "reply": replies[0].text}  # fmt: skip
-
-
-def in_a_line(result: dict) -> str:
-    """An arm's result in one line."""
-    held, replies = result["held_out"], result["replies"]
-    accuracy = [
-        f"{share:.2f} with the {n}" for n, share in held["accuracy"].items() if share is not None
-    ]
-    facts = "" if replies["right"] is None else f", {replies['right']:.2f} of the key facts"
-    return (
-        f"chosen log-ratio {np.mean(held['chosen']):+.1f} nats, "
-        f"rejected {np.mean(held['rejected']):+.1f}; accuracy {', '.join(accuracy)}; "
-        f"replies of {replies['length']:.0f} tokens{facts}"
-    )
+    return {"length": float(np.mean([r.length for r in replies])), "right": recalled}
 
 
 def main(args: argparse.Namespace) -> None:
-    unknown = [name for name in args.arms or [] if name not in ARMS]
-    if unknown:
-        raise RecipeError(f"--arms: no arm `{unknown[0]}`; there are {', '.join(ARMS)}")
-    size = Size(args.pairs, args.held_out, args.epochs, args.prompts, args.max_new_tokens)
     overrides = parse_overrides(args.overrides)
     if args.output_dir:
         overrides["output_dir"] = args.output_dir
     args.out.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "scripts.lessons", *sys.argv[1:]])
-    for results in run_arms(args.config, overrides, size, args.arms or list(ARMS)):
+    for results in run_arms(args.config, overrides, Size(), args.arms or list(ARMS)):
         kept = {"command": command, **results}
         args.out.write_text(json.dumps(kept, ensure_ascii=False) + "\n")  # what is done is kept
     print(f"kept in {args.out}")

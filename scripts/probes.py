@@ -78,8 +78,7 @@ def of_questions(rows: list[dict]) -> Probe:
 
 def of_plain_questions(count: int | None, seed: int) -> Probe:
     """Held-out questions of data/prompts.jsonl, without a text, and their key facts."""
-    rows = [r for r in _lines("prompts.jsonl") if r["split"] == "test"]
-    rows = [rows[i] for i in drawn(len(rows), count, seed)]
+    rows = _some([r for r in _lines("prompts.jsonl") if r["split"] == "test"], count, seed)
     return Probe(
         [[{"role": "user", "content": row["prompt"]}] for row in rows],
         lambda i, text: {"facts": fact_recall(text, rows[i]["facts"])},
@@ -88,8 +87,7 @@ def of_plain_questions(count: int | None, seed: int) -> Probe:
 
 def of_instructions(count: int | None, seed: int) -> Probe:
     """The verifiable instructions of data/instructions.jsonl."""
-    rows = _lines("instructions.jsonl")
-    rows = [rows[i] for i in drawn(len(rows), count, seed)]
+    rows = _some(_lines("instructions.jsonl"), count, seed)
     return Probe(
         [[{"role": "user", "content": row["prompt"]}] for row in rows],
         lambda i, text: {"follows": follows(text, rows[i]["checks"])},
@@ -145,7 +143,7 @@ def main_probe(cfg: Config, test: Dataset) -> Probe:
     if cfg.recipe.questions is None:
         return of_pairs(cfg, test)
     rows = read_questions(ROOT / cfg.recipe.questions, "test", cfg.recipe.questions_level)
-    return of_questions([rows[i] for i in drawn(len(rows), cfg.recipe.eval_prompts, cfg.dpo.seed)])
+    return of_questions(_some(rows, cfg.recipe.eval_prompts, cfg.dpo.seed))
 
 
 def side_probes(cfg: Config) -> dict[str, Probe]:
@@ -155,22 +153,19 @@ def side_probes(cfg: Config) -> dict[str, Probe]:
         return {}
     rows = read_questions(ROOT / cfg.recipe.questions, "train", cfg.recipe.questions_level)
     return {
-        "passages trained on": of_questions([rows[i] for i in drawn(len(rows), count, seed)]),
+        "passages trained on": of_questions(_some(rows, count, seed)),
         "plain questions": of_plain_questions(count, seed),
         "instructions": of_instructions(count, seed),
     }
 
 
 def pick_prompts(prompts: list[list[dict]], count: int | None, seed: int) -> list[int]:
-    """Rows of `prompts` to reply to, in order: each prompt once, `count` of them drawn by `seed`.
-
-    None, or more than there are, takes all. A prompt that stands in several pairs counts once.
-    """
+    """Rows of `prompts` to reply to, in order: each prompt once, `count` of them (None: all) drawn
+    by `seed`."""
     first: dict[str, int] = {}
     for i, prompt in enumerate(prompts):
         first.setdefault(json.dumps(prompt), i)
-    rows = list(first.values())
-    return [rows[i] for i in drawn(len(rows), count, seed)]
+    return _some(list(first.values()), count, seed)
 
 
 def drawn(total: int, count: int | None, seed: int) -> list[int]:
@@ -178,6 +173,10 @@ def drawn(total: int, count: int | None, seed: int) -> list[int]:
     if count is None or count >= total:
         return list(range(total))
     return sorted(Random(seed).sample(range(total), count))
+
+
+def _some(rows: list, count: int | None, seed: int) -> list:
+    return [rows[i] for i in drawn(len(rows), count, seed)]
 
 
 def _lines(name: str) -> list[dict]:

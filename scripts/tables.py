@@ -41,22 +41,19 @@ def compared(frame: pd.DataFrame, one: str = "base", other: str = "tuned") -> di
     both = (frame[f"{one}_finished"] & frame[f"{other}_finished"]).to_numpy(bool)
     measures = {}
     for name in MEASURES:
-        if f"{one}_{name}" not in frame or f"{other}_{name}" not in frame:
+        columns = [f"{who}_{name}" for who in (one, other)]
+        if not {*columns} <= {*frame}:
             continue
-        first, second = (frame[f"{who}_{name}"].to_numpy(float) for who in (one, other))
+        first, second = frame[columns].to_numpy(float).T
         asked = ~np.isnan(first)  # some measures do not apply to every prompt
-        if not asked.any():
-            continue
-        draw = {"prompts": frame["cluster"][asked]}
-        measures[name] = {
-            one: bootstrap(first[asked], **draw),
-            other: bootstrap(second[asked], **draw),
-            "change": bootstrap((second - first)[asked], **draw),
-        }
-        if (asked & both).any():
-            measures[name]["both_finish"] = bootstrap(
-                (second - first)[asked & both], prompts=frame["cluster"][asked & both]
-            )
+        figures = {one: (first, asked), other: (second, asked), "change": (second - first, asked),
+                   "both_finish": (second - first, asked & both)}  # fmt: skip
+        if asked.any():
+            measures[name] = {
+                figure: bootstrap(values[which], prompts=frame["cluster"][which])
+                for figure, (values, which) in figures.items()
+                if which.any()
+            }
     return measures
 
 
@@ -150,8 +147,7 @@ def side_by_side(frame: pd.DataFrame, clip: int = 400) -> str:
         line = f"{cell}{asked}</td>"
         for who in ("base", "tuned"):
             text = row[who] if len(row[who]) <= clip else row[who][:clip] + " …"
-            state = "" if row[f"{who}_finished"] else ", cut off"
-            note = f"{row[f'{who}_length']} tokens{state}"
+            note = f"{row[f'{who}_length']} tokens" + ", cut off" * (not row[f"{who}_finished"])
             if f"{who}_exact" in row:
                 note = f"{'✓ right' if row[f'{who}_exact'] else '✗ not right'}, {note}"
             line += f"{cell}{html.escape(text)}<br><i>{note}</i></td>"

@@ -18,6 +18,7 @@ from scripts.evaluate import evaluate, length_follows, save_evaluation
 from scripts.training import assemble
 
 DRAW = random.Random(0)
+SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
 
 
 def words(count, letters=string.ascii_lowercase):
@@ -87,59 +88,31 @@ def test_a_run_that_overflows_is_called_nan_and_nothing_else(trained):
     assert "learning_rate: 1e+29" in finding.change
 
 
-def test_three_steps_tell_nothing(trained):
-    (finding,) = diagnose(read_run(trained(same_length, max_steps=3)))
-    assert finding.name == "too few steps"
-    assert finding.evidence.startswith("3 logs to step 3")
+FALLS = {"learning_rate": 3e-3, "max_steps": 30}
+LEAPS = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "beta": 1.0}
+RUNS = {  # what the run is called: its pairs, its settings, and words of the finding
+    "too few steps": (same_length, {"max_steps": 3}, "3 logs to step 3;"),
+    "chosen reward falls": (same_letters, FALLS, "loss_type: [sigmoid, sft]"),
+    "margin in one leap": (same_length, LEAPS, "learning_rate: 0.1,"),
+    "accuracy at once 1": (same_length, {"learning_rate": 1e-2}, "accuracy reached 0.99"),
+    "length only": (by_length, {"evaluated": True}, '"the shorter answer wins" is right in 1.00'),
+    "learned by heart": (coin, {"evaluated": True, "learning_rate": 5e-3, "max_steps": 40}, ""),
+    "nothing learned": (coin, {"learning_rate": 1e-9}, "learning_rate: 5e-09"),
+    "steady": (overlapping, SFT, "over the last fifth of 20 logs"),
+}
 
 
-def test_answers_of_the_same_letters_fall_together(trained):
-    folder = trained(same_letters, learning_rate=3e-3, max_steps=30)
-    finding = next(f for f in diagnose(read_run(folder)) if f.name == "chosen reward falls")
-    assert "loss_type: [sigmoid, sft]" in finding.change
-    assert "times less probable" in finding.evidence
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_called_what_it_was(trained, name):
+    make, settings, words_of_it = RUNS[name]
+    found = {finding.name: finding for finding in diagnose(read_run(trained(make, **settings)))}
+    assert words_of_it in str(found[name])
+    if name in ("too few steps", "nothing learned", "steady"):
+        assert list(found) == [name]
 
 
-def test_an_sft_term_holds_them_up(trained):
-    cure = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
-    folder = trained(same_letters, learning_rate=3e-3, max_steps=30, **cure)
-    assert "chosen reward falls" not in names(folder)
-
-
-def test_a_step_too_large_is_a_leap(trained):
-    folder = trained(same_length, learning_rate=0.5, lr_scheduler_type="constant", beta=1.0)
-    finding = next(f for f in diagnose(read_run(folder)) if f.name == "margin in one leap")
-    assert "learning_rate: 0.1," in finding.change
-
-
-def test_easy_pairs_are_right_at_once(trained):
-    folder = trained(same_length, learning_rate=1e-2)
-    assert "accuracy at once 1" in names(folder)
-
-
-def test_margins_that_follow_length_are_length_only(trained):
-    folder = trained(by_length, evaluated=True, learning_rate=1e-3)
-    finding = next(f for f in diagnose(read_run(folder)) if f.name == "length only")
-    assert 'the rule "the shorter answer wins" is right in 1.00' in finding.evidence
-    assert "sigmoid_norm" in finding.change
-
-
-def test_pairs_by_chance_are_learned_by_heart(trained):
-    assert "learned by heart" in names(
-        trained(coin, evaluated=True, learning_rate=5e-3, max_steps=40)
-    )
-
-
-def test_a_learning_rate_of_nearly_nothing_teaches_nothing(trained):
-    (finding,) = diagnose(read_run(trained(coin, learning_rate=1e-9)))
-    assert finding.name == "nothing learned"
-    assert "learning_rate: 5e-09" in finding.change
-
-
-def test_a_gentle_run_is_steady(trained):
-    cure = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
-    folder = trained(overlapping, learning_rate=1e-3, **cure)
-    assert names(folder) == ["steady"]
+def test_an_sft_term_holds_the_chosen_answers_up(trained):
+    assert "chosen reward falls" not in names(trained(same_letters, **FALLS, **SFT))
 
 
 STEP = {

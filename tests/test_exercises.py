@@ -160,26 +160,3 @@ def test_the_folded_answer_is_right(name, tmp_path, request):
     check = CHECKS[name]
     more = [request.getfixturevalue("tiny_trainer")] if check is four else []
     check(tmp_path, *more)
-
-
-# What a slip would make of each answer: the check above must not let it pass.
-SLIPS = {
-    "exercise-1": ("-20 - (-19)", "-19 - (-20)"),
-    "exercise-2": ("8 / 64", "8 / 256"),
-    "exercise-3": ("(out_features + in_features)", "out_features * in_features"),
-    "exercise-4": (".mean()", ".sum()"),
-    "exercise-5": ("-log(expm1(0.1)) / beta", "-log(0.1) / beta"),
-    "exercise-6": ("np.asarray(rejected_tokens) - np.asarray(chosen_tokens)",
-                   "np.asarray(chosen_tokens) - np.asarray(rejected_tokens)"),
-    "exercise-7": ("exp(2.0 / 0.1)", "exp(2.0 * 0.1)"),
-    "exercise-8": ("5 / 2", "5"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SLIPS)
-def test_a_wrong_answer_does_not_pass(name, tmp_path, request, monkeypatch):
-    right, wrong = SLIPS[name]
-    assert EXERCISES[name].count(right) == 1
-    monkeypatch.setitem(EXERCISES, name, EXERCISES[name].replace(right, wrong))
-    with pytest.raises(AssertionError):
-        test_the_folded_answer_is_right(name, tmp_path, request)

@@ -10,7 +10,6 @@ from tests.gpu_simulation.__main__ import (
     ALLOWED,
     PEAKS,
     SimulationError,
-    line,
     off,
     simulate,
 )
@@ -23,12 +22,6 @@ needs_it = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 def test_where_it_cannot_run_it_says_what_is_missing():
     with pytest.raises(SimulationError, match="the GPU simulation needs"):
         simulate(A100)
-
-
-def test_a_row_has_both_figures_of_both_phases():
-    found = {"reference": (6.5, 6.4), "step": (8.0, 8.4)}
-    row = "| llama3-8b-a100 bf16=False | 6.50 | 6.40 | 8.00 | 8.40 | +5.0% |"
-    assert line(A100, {"bf16": False}, found) == row
 
 
 @needs_it

@@ -29,12 +29,6 @@ def test_pairs_of_one_prompt_are_drawn_together():
     assert as_if_independent["high"] - as_if_independent["low"] < 0.7 * width
 
 
-def test_prompts_with_more_pairs_weigh_more():
-    figure = bootstrap([1, 1, 1, 0], prompts=["a", "a", "a", "b"])
-    assert figure["mean"] == 0.75  # over pairs, as accuracy is
-    assert (figure["low"], figure["high"]) == (0, 1)
-
-
 def test_a_share_of_a_sum():
     base, tuned = np.array([100, 10, 40]), np.array([50, 10, 20])
     figure = bootstrap(base - tuned, per=base)
@@ -50,11 +44,10 @@ def test_degenerate_values_have_a_figure():
         bootstrap([])
 
 
-@pytest.mark.parametrize("aim", AIMS, ids=lambda aim: aim.figure)
-def test_little_data_meets_no_aim(aim):
+def test_little_data_meets_no_aim():
     """Four prompts, whatever they show: a loss, a gain, or nothing at all."""
     for values in ([-0.37, -0.9, 0.1, -0.3], [0.9, 0.8, 0.9, 1.0], [0.0] * 4, [1.0] * 4, [0.5]):
-        assert aim.verdict(bootstrap(values)) == TOO_FEW
+        assert {aim.verdict(bootstrap(values)) for aim in AIMS} == {TOO_FEW}
 
 
 def test_a_margin_is_met_missed_or_open():
@@ -68,17 +61,6 @@ def test_a_margin_is_met_missed_or_open():
     repeated = next(aim for aim in AIMS if aim.figure == "repeated")  # here more is worse
     assert repeated.verdict(bootstrap(noise - 0.37)) == MET
     assert repeated.verdict(bootstrap(noise + 0.37)) == MISSED
-
-
-@pytest.mark.parametrize("prompts", [30, 60])
-def test_a_loss_beyond_the_margin_is_rarely_called_met(prompts):
-    """True loss just at the margin, on shares like those of key facts: met in few of 300 runs."""
-    facts = next(aim for aim in AIMS if aim.figure == "facts")
-    rng, met = np.random.default_rng(6), 0
-    for _ in range(300):
-        change = rng.choice([-1, -0.5, 0, 0.5, 1], prompts, p=[0.1, 0.2, 0.45, 0.2, 0.05])
-        met += facts.verdict(bootstrap(change, draws=500)) == MET
-    assert met / 300 < 0.06  # 2.5% is nominal
 
 
 def drawn(theta: float, phi: float, shift: float, count: int = 4000) -> tuple:
@@ -98,9 +80,8 @@ def test_a_preference_for_length_alone_is_taken_out():
     assert rates["length_controlled"]["low"] < 0.5 < rates["length_controlled"]["high"]
 
 
-@pytest.mark.parametrize("phi", [0.0, 2.0, -2.0])
-def test_what_is_better_at_equal_length_shows(phi):
-    rates = length_controlled(*drawn(theta=1.0, phi=phi, shift=-10.0))
+def test_what_is_better_at_equal_length_shows():
+    rates = length_controlled(*drawn(theta=1.0, phi=-2.0, shift=-10.0))
     truth = 1 / (1 + np.exp(-1.0))
     assert rates["length_controlled"]["mean"] == pytest.approx(truth, abs=0.05)
     assert 0.02 < rates["length_controlled"]["high"] - rates["length_controlled"]["low"] < 0.1

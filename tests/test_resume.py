@@ -24,7 +24,7 @@ def trained(trainer) -> dict[str, torch.Tensor]:
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n}
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def same(one: dict, other: dict) -> bool:
@@ -70,6 +70,9 @@ WAYS = {  # when the run is stopped, and the settings that make it hard
     ),
     "between two logs": ("on_step_end", 3, interrupt, {"logging_steps": 2}),
     "by an error": ("on_step_begin", 3, fail, {}),
+    "with all weights trained": (
+        "on_step_end", 3, interrupt, {"use_peft": False, "learning_rate": 1e-3},
+    ),
     "while held-out pairs are scored": (
         "on_prediction_step", 3, interrupt, {"eval_strategy": "steps", "eval_steps": 3},
     ),

@@ -1,4 +1,5 @@
 """The figures of the notebooks. Each function takes data and returns a matplotlib figure."""
+# ruff: noqa: F401
 
 from scripts.plots.concepts import (
     beta_surface,
@@ -20,23 +21,3 @@ from scripts.plots.figures import (
     training_curves,
 )
 from scripts.plots.style import described, save
-
-__all__ = [
-    "before_after",
-    "benchmark_chart",
-    "beta_surface",
-    "coloured_answers",
-    "compared_runs",
-    "data_check",
-    "described",
-    "displacement",
-    "length_hacking",
-    "loss_curve",
-    "memory_timeline",
-    "pair_lengths",
-    "pipelines",
-    "quantization",
-    "save",
-    "spectrum",
-    "training_curves",
-]

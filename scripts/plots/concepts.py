@@ -78,19 +78,19 @@ def pipelines() -> Figure:
     return described(figure, f"Three ways to tune a model. {words}.")
 
 
+@plt.rc_context(STYLE)
 def loss_curve() -> Figure:
     """The DPO loss and the weight it gives a pair, against the pair's reward margin."""
     margin = np.linspace(-5, 5, 201)
     weight = 1 / (1 + np.exp(margin))
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 3.1), layout="constrained")
-        axis.plot(margin, np.log1p(np.exp(-margin)), color=ACCENT, label="loss  −log σ(margin)")
-        axis.plot(margin, weight, "--", color=NEUTRAL, label="push on the pair  σ(−margin)")
-        axis.plot(0, np.log(2), "o", color=REJECTED)
-        axis.annotate("start: ln 2 ≈ 0.693", (0, np.log(2)), (0.5, 1.5), fontsize=8.5)
-        axis.set(xlabel="implicit reward margin, chosen − rejected (nats)", ylim=(0, 4))
-        axis.set_ylabel("loss (nats), weight (0 to 1)")
-        axis.legend()
+    figure, axis = plt.subplots(figsize=(6.4, 3.1))
+    axis.plot(margin, np.log1p(np.exp(-margin)), color=ACCENT, label="loss  −log σ(margin)")
+    axis.plot(margin, weight, "--", color=NEUTRAL, label="push on the pair  σ(−margin)")
+    axis.plot(0, np.log(2), "o", color=REJECTED)
+    axis.annotate("start: ln 2 ≈ 0.693", (0, np.log(2)), (0.5, 1.5), fontsize=8.5)
+    axis.set(xlabel="implicit reward margin, chosen − rejected (nats)", ylim=(0, 4),
+             ylabel="loss (nats), weight (0 to 1)")  # fmt: skip
+    axis.legend()
     return described(
         figure,
         "The DPO loss falls with the reward margin, from 5 nats at a margin of -5 through ln 2 at "
@@ -98,6 +98,7 @@ def loss_curve() -> Figure:
     )
 
 
+@plt.rc_context(STYLE)
 def quantization(
     blocks: np.ndarray, levels: dict[str, np.ndarray], ways: dict[str, tuple[float, float]]
 ) -> Figure:
@@ -106,32 +107,28 @@ def quantization(
     `blocks` has any shape, values in -1 to 1. `levels` gives each format's by name. `ways` gives,
     by name, a format's relative error and its bits a weight.
     """
-    with plt.rc_context(STYLE):
-        figure, (weights, bars) = plt.subplots(
-            1, 2, figsize=(8, 3.4), width_ratios=[1.7, 1], layout="constrained"
-        )
-        weights.hist(blocks.ravel(), np.linspace(-1, 1, 101), color=NEUTRAL, alpha=0.45)
-        top = weights.get_ylim()[1]
-        weights.set_ylim(-0.22 * top, top)
-        weights.set_yticks([tick for tick in weights.get_yticks() if 0 <= tick <= top])
-        looks = (("|", ACCENT, 2.0), ("x", ORANGE, 1.4))
-        for row, (name, at) in enumerate(levels.items()):
-            (mark, colour, width), y = looks[row], np.full(len(at), -(0.06 + 0.1 * row) * top)
-            weights.plot(at, y, mark, color=colour, ms=10 - 3 * row, mew=width,
-                         label=f"{name}: {len(at)} levels")  # fmt: skip
-        weights.axhline(0, color="black", lw=0.6)
-        weights.set(xlabel="weight / largest of its block of 64", ylabel="weights")
-        weights.set_title("where the weights lie, and the levels", loc="left")
-        weights.legend(loc="upper left")
-        percent = [100 * error for error, _ in ways.values()]
-        colours = (NEUTRAL, ACCENT, "#00557f")[: len(ways)]
-        drawn = bars.barh([name.replace(", ", ",\n") for name in ways], percent, color=colours)
-        labels = [f"{100 * error:.2f}%, {bits:.2f} bits" for error, bits in ways.values()]
-        bars.bar_label(drawn, labels, fontsize=8, label_type="center", color="white")
-        bars.invert_yaxis()
-        bars.set(xlabel="error (% of the weights' size)")
-        bars.set_title("what rounding costs", loc="left")
-        bars.grid(axis="y", visible=False)
+    figure, (weights, bars) = plt.subplots(1, 2, figsize=(8, 3.4), width_ratios=[1.7, 1])
+    weights.hist(blocks.ravel(), np.linspace(-1, 1, 101), color=NEUTRAL, alpha=0.45)
+    top = weights.get_ylim()[1]
+    weights.set_ylim(-0.22 * top, top)
+    weights.set_yticks([tick for tick in weights.get_yticks() if 0 <= tick <= top])
+    looks = (("|", ACCENT, 2.0), ("x", ORANGE, 1.4))
+    for row, (name, at) in enumerate(levels.items()):
+        (mark, colour, width), y = looks[row], np.full(len(at), -(0.06 + 0.1 * row) * top)
+        weights.plot(at, y, mark, color=colour, ms=10 - 3 * row, mew=width,
+                     label=f"{name}: {len(at)} levels")  # fmt: skip
+    weights.axhline(0, color="black", lw=0.6)
+    weights.set(xlabel="weight / largest of its block of 64", ylabel="weights",
+                title="where the weights lie, and the levels")  # fmt: skip
+    weights.legend(loc="upper left")
+    percent = [100 * error for error, _ in ways.values()]
+    colours = (NEUTRAL, ACCENT, "#00557f")[: len(ways)]
+    drawn = bars.barh([name.replace(", ", ",\n") for name in ways], percent, color=colours)
+    labels = [f"{100 * error:.2f}%, {bits:.2f} bits" for error, bits in ways.values()]
+    bars.bar_label(drawn, labels, fontsize=8, label_type="center", color="white")
+    bars.invert_yaxis()
+    bars.set(xlabel="error (% of the weights' size)", title="what rounding costs")
+    bars.grid(axis="y", visible=False)
     words = ", ".join(f"{name} {100 * error:.2f}%" for name, (error, _) in ways.items())
     return described(
         figure,
@@ -179,21 +176,22 @@ def _token(text: str, ratio: float, scale: float) -> str:
     return f'<span title="{ratio:+.2f} nats" style="{style}">{shown}</span>'
 
 
+@plt.rc_context(STYLE)
 def spectrum(updates: dict[str, np.ndarray]) -> Figure:
     """Singular values of learned updates, largest first, each over its own largest."""
     shares = {name: values / max(values[0], 1e-30) for name, values in updates.items()}
-    with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-        for i, (name, values) in enumerate(shares.items()):
-            axis.plot(range(1, len(values) + 1), values, color=PALETTE[i], marker="oDv^s"[i],
-                      label=name)  # fmt: skip
-        axis.set(xlabel="direction", ylabel="singular value / largest", ylim=(0, 1.05))
-        axis.set_title("what LoRA learned, direction by direction", loc="left")
-        axis.legend()
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    for i, (name, values) in enumerate(shares.items()):
+        axis.plot(range(1, len(values) + 1), values, color=PALETTE[i], marker="oDv^s"[i],
+                  label=name)  # fmt: skip
+    axis.set(xlabel="direction", ylabel="singular value / largest", ylim=(0, 1.05),
+             title="what LoRA learned, direction by direction")  # fmt: skip
+    axis.legend()
     words = ", ".join(f"{name}: the last is {values[-1]:.2f}" for name, values in shares.items())
     return described(figure, f"Singular values of learned updates fall from 1. {words}.")
 
 
+@plt.rc_context(STYLE)
 def beta_surface(
     betas: tuple[float, ...] = (0.05, 0.1, 0.5), points: dict | None = None, reach: float = 30
 ) -> Figure:
@@ -203,27 +201,24 @@ def beta_surface(
     """
     line = np.linspace(-reach, reach, 161)
     chosen, rejected = np.meshgrid(line, line)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(betas), figsize=(8, 3.5), sharey=True, layout="constrained", squeeze=False
-        )
-        for axis, beta in zip(axes[0], betas, strict=True):
-            loss = np.logaddexp(0, -beta * (chosen - rejected))
-            axis.contourf(chosen, rejected, loss, levels=(0, *CONTOURS, 99), cmap="cividis_r",
-                          norm=plt.Normalize(0, 4))  # fmt: skip
-            lines = axis.contour(chosen, rejected, loss, levels=CONTOURS, colors="black",
-                                 linewidths=0.7)  # fmt: skip
-            _label_contours(axis, lines, beta, reach)
-            if points:
-                dots = {"ms": 4.5, "mfc": ORANGE, "mec": "black", "mew": 0.6}
-                axis.plot(points["chosen"], points["rejected"], "o", **dots)
-            away = {"arrowstyle": "->", "color": "black", "lw": 1.6}
-            axis.annotate("", (-0.55 * reach, -0.55 * reach), (0, 0), arrowprops=away)
-            axis.plot(0, 0, "*", color="white", mec="black", ms=12)
-            axis.set(title=f"beta = {beta:g}", xlabel="chosen log-ratio (nats)",
-                     xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")  # fmt: skip
-            axis.grid(False)
-        axes[0, 0].set_ylabel("rejected log-ratio (nats)")
+    figure, axes = plt.subplots(1, len(betas), figsize=(8, 3.5), sharey=True, squeeze=False)
+    for axis, beta in zip(axes[0], betas, strict=True):
+        loss = np.logaddexp(0, -beta * (chosen - rejected))
+        axis.contourf(chosen, rejected, loss, levels=(0, *CONTOURS, 99), cmap="cividis_r",
+                      norm=plt.Normalize(0, 4))  # fmt: skip
+        lines = axis.contour(chosen, rejected, loss, levels=CONTOURS, colors="black",
+                             linewidths=0.7)  # fmt: skip
+        _label_contours(axis, lines, beta, reach)
+        if points:
+            dots = {"ms": 4.5, "mfc": ORANGE, "mec": "black", "mew": 0.6}
+            axis.plot(points["chosen"], points["rejected"], "o", **dots)
+        away = {"arrowstyle": "->", "color": "black", "lw": 1.6}
+        axis.annotate("", (-0.55 * reach, -0.55 * reach), (0, 0), arrowprops=away)
+        axis.plot(0, 0, "*", color="white", mec="black", ms=12)
+        axis.set(title=f"beta = {beta:g}", xlabel="chosen log-ratio (nats)",
+                 xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")  # fmt: skip
+        axis.grid(False)
+    axes[0, 0].set_ylabel("rejected log-ratio (nats)")
     alt = (
         "Contours of the DPO loss over the log-ratios of the chosen and the rejected answer, for "
         f"beta {', '.join(f'{b:g}' for b in betas)}. All contours run along the diagonal; the loss "
@@ -245,6 +240,7 @@ def _label_contours(axis: Axes, lines: ContourSet, beta: float, reach: float) ->
         text.set_bbox({"fc": "white", "ec": "none", "pad": 0.6, "alpha": 0.85})
 
 
+@plt.rc_context(STYLE)
 def displacement(results: dict) -> Figure:
     """Both answers' log-ratios while training, with and without an SFT term, from `lessons.json`.
 
@@ -252,25 +248,23 @@ def displacement(results: dict) -> Figure:
     end: held-out pairs after the run.
     """
     arms = {name: results["arms"][name] for name in ARM_STYLES if name in results["arms"]}
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-        for axis, side in zip(axes, SIDES, strict=True):
-            for name, arm in arms.items():
-                colour, mark, dash = ARM_STYLES[name]
-                steps = arm["steps"]
-                ratio = pd.Series(steps[f"rewards/{side}"], steps["step"]) / arm["beta"]
-                axis.plot(ratio, color=colour, alpha=0.25, lw=1)
-                smooth = ratio.rolling(4, min_periods=1).mean()  # a step is of few pairs
-                axis.plot(smooth, dash, color=colour, marker=mark, label=arm["title"])
-                end, held = steps["step"][-1] * 1.15, np.mean(arm["held_out"][side])
-                axis.plot(end, held, mark, color=colour, ms=12, mec="black")
-            axis.axhline(0, color=NEUTRAL, lw=0.8)
-            axis.axvline(end * 0.94, color=NEUTRAL, lw=0.8, ls="--")
-            axis.set(xlabel="optimiser step; right of the line: held out")
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set_title(f"{side} answers", loc="left")
-        axes[0].set_ylabel("log-ratio (nats an answer)")
-        axes[0].legend()
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    for axis, side in zip(axes, SIDES, strict=True):
+        for name, arm in arms.items():
+            colour, mark, dash = ARM_STYLES[name]
+            steps = arm["steps"]
+            ratio = pd.Series(steps[f"rewards/{side}"], steps["step"]) / arm["beta"]
+            axis.plot(ratio, color=colour, alpha=0.25, lw=1)
+            smooth = ratio.rolling(4, min_periods=1).mean()  # a step is of few pairs
+            axis.plot(smooth, dash, color=colour, marker=mark, label=arm["title"])
+            end, held = steps["step"][-1] * 1.15, np.mean(arm["held_out"][side])
+            axis.plot(end, held, mark, color=colour, ms=12, mec="black")
+        axis.axhline(0, color=NEUTRAL, lw=0.8)
+        axis.axvline(end * 0.94, color=NEUTRAL, lw=0.8, ls="--")
+        axis.set(title=f"{side} answers", xlabel="optimiser step; right of the line: held out")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("log-ratio (nats an answer)")
+    axes[0].legend()
     words = "; ".join(
         f"{arm['title']}: on held-out pairs "
         + ", ".join(f"{side} {np.mean(arm['held_out'][side]):+.1f}" for side in SIDES)
@@ -280,6 +274,7 @@ def displacement(results: dict) -> Figure:
     return described(figure, f"Log-ratios of chosen and rejected answers by step. {words}.")
 
 
+@plt.rc_context(STYLE)
 def length_hacking(results: dict) -> Figure:
     """Held-out margins against length, a panel an arm, from `lessons.json`.
 
@@ -288,39 +283,27 @@ def length_hacking(results: dict) -> Figure:
     """
     arms = {t: results["arms"][n]["held_out"] for n, t in LENGTH_ARMS.items()
             if n in results["arms"]}  # fmt: skip
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(arms), figsize=(8, 3.3), sharex=True, layout="constrained", squeeze=False
-        )
-        for axis, (title, held) in zip(axes[0], arms.items(), strict=True):
-            _margins_by_length(axis, held)
-            axis.set_title(title, loc="left")
-        axes[0, 0].set_ylabel("margin (signed root of nats)")
-    words = "; ".join(
-        f"{title}: accuracy " + ", ".join(f"{share:.2f} with the {n}" for n, share in _known(held))
-        for title, held in arms.items()
-    )
-    return described(figure, f"Margins of held-out pairs against the answers' lengths. {words}.")
-
-
-def _known(held: dict) -> list[tuple[str, float]]:
-    """The accuracies that there were pairs for."""
-    return [(name, share) for name, share in held["accuracy"].items() if share is not None]
-
-
-def _margins_by_length(axis: Axes, held: dict) -> None:
-    gap, margin = (np.array(held[name], float) for name in ("length_gap", "margin"))
-    y = np.sign(margin) * np.sqrt(np.abs(margin))
-    for won, colour, mark in ((y > 0, CHOSEN, CHOSEN_MARK), (y <= 0, REJECTED, REJECTED_MARK)):
-        axis.plot(np.exp(gap[won]), y[won], mark, color=colour, ms=4.5)
-    reach = 1.6 * max(np.abs(y).max(initial=0), 0.1)
-    axis.axhline(0, color=NEUTRAL, lw=0.8)
-    axis.axvline(1, color=NEUTRAL, ls="--", lw=0.8)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set(ylim=(-reach, reach), xlabel="rejected / chosen (tokens)")
-    places = {"chosen longer": (0.02, "left"), "chosen shorter": (0.98, "right")}
-    for name, share in _known(held):
-        x, align = places[name]
-        axis.text(x, 0.98, f"{name}:\n{share:.0%} right", transform=axis.transAxes, va="top",
-                  ha=align, fontsize=8)  # fmt: skip
+    figure, axes = plt.subplots(1, len(arms), figsize=(8, 3.3), sharex=True, squeeze=False)
+    words = []
+    for axis, (title, held) in zip(axes[0], arms.items(), strict=True):
+        gap, margin = (np.array(held[name], float) for name in ("length_gap", "margin"))
+        y = np.sign(margin) * np.sqrt(np.abs(margin))
+        for won, colour, mark in ((y > 0, CHOSEN, CHOSEN_MARK), (y <= 0, REJECTED, REJECTED_MARK)):
+            axis.plot(np.exp(gap[won]), y[won], mark, color=colour, ms=4.5)
+        axis.axhline(0, color=NEUTRAL, lw=0.8)
+        axis.axvline(1, color=NEUTRAL, ls="--", lw=0.8)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        reach = 1.6 * max(np.abs(y).max(initial=0), 0.1)
+        axis.set(title=title, ylim=(-reach, reach), xlabel="rejected / chosen (tokens)")
+        places = {"chosen longer": (0.02, "left"), "chosen shorter": (0.98, "right")}
+        shares = {n: share for n, share in held["accuracy"].items() if share is not None}
+        for name, share in shares.items():
+            x, align = places[name]
+            axis.text(x, 0.98, f"{name}:\n{share:.0%} right", transform=axis.transAxes, va="top",
+                      ha=align, fontsize=8)  # fmt: skip
+        told = ", ".join(f"{share:.2f} with the {name}" for name, share in shares.items())
+        words.append(f"{title}: accuracy {told}")
+    axes[0, 0].set_ylabel("margin (signed root of nats)")
+    alt = f"Margins of held-out pairs against the answers' lengths. {'; '.join(words)}."
+    return described(figure, alt)

@@ -16,8 +16,7 @@ SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#5F6368"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, YELLOW, GREY)
 CHOSEN, REJECTED, NEUTRAL, ACCENT = GREEN, VERMILLION, GREY, BLUE
 CHOSEN_MARK, REJECTED_MARK, NEUTRAL_MARK, ACCENT_MARK = "o", "v", "s", "D"
-# Inches: at most 800 px at the 100 dots an inch of a notebook's figure, so that nothing is shrunk.
-WIDEST = 8.0
+# A figure is at most 8 inches wide: 800 px at a notebook's 100 dots an inch, so nothing is shrunk.
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -25,9 +24,11 @@ STYLE = {
     "grid.alpha": 0.25,
     "font.size": 9.5,
     "axes.titlesize": 10,
+    "axes.titlelocation": "left",
     "legend.fontsize": 8.5,
     "legend.frameon": False,
     "lines.markersize": 5,
+    "figure.constrained_layout.use": True,
 }
 
 
@@ -38,20 +39,12 @@ def described(figure: Figure, alt: str) -> Figure:
     it, because JupyterLab and nbconvert's default template ignore the `alt` of an image's output
     metadata; that is written as well, for the readers that do look.
     """
+    from IPython import get_ipython
+
     figure.set_label(" ".join(alt.split()))
-    _show_alt_text()
-    return figure
-
-
-def _show_alt_text() -> None:
-    """Have IPython, if this runs in it, show every figure with its alternative text."""
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return
-    shell = get_ipython()
-    if shell is not None:
+    if shell := get_ipython():
         shell.display_formatter.mimebundle_formatter.for_type(Figure, with_alt_text)
+    return figure
 
 
 def with_alt_text(figure: Figure) -> tuple[dict, dict]:
@@ -60,7 +53,7 @@ def with_alt_text(figure: Figure) -> tuple[dict, dict]:
 
     alt = figure.get_label()
     if not alt or not figure.axes:
-        return {}, {}  # a figure of somebody else's, or an empty one: IPython's own way
+        return {}, {}  # somebody else's figure, or an empty one: IPython's own way
     png = print_figure(figure, "png", base64=True)
     image = (
         f'<img alt="{html.escape(alt, quote=True)}" style="max-width:100%" '
@@ -70,9 +63,6 @@ def with_alt_text(figure: Figure) -> tuple[dict, dict]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG at `path`, its alternative text in it, making the folder if need be.
-
-    The text is the PNG's `Description`.
-    """
+    """Write `figure` as a PNG, its alternative text in it as the PNG's `Description`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Description": figure.get_label()})

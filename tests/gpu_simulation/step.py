@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional as bnb_functional
 from bitsandbytes.backends.cuda import ops as bnb_cuda
+from datasets import Dataset, DatasetDict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.attention.bias import CausalBias
@@ -22,9 +26,21 @@ from triton.runtime.jit import JITFunction
 from trl import get_quantization_config
 from trl.kernels import chunked_logprob
 
+import scripts.sharing.trainer
+from scripts.benchmark import random_pairs
+from scripts.config import Config, load_config
+from scripts.plan_memory import architecture, model_sizes, peak, phases, worst_lengths
+from scripts.quiet import quiet
+from scripts.training import build_trainer
 from tests import conftest
-from tests.gpu_simulation import project
 from tests.gpu_simulation.ledger import Ledger
+
+# Two micro-batches a step and two steps: the last runs beside gradients and the optimiser's state.
+SHORT = {
+    "max_steps": 2, "gradient_accumulation_steps": 2, "report_to": "none", "logging_steps": 1000,
+    "eval_strategy": "no", "save_strategy": "no", "dataloader_pin_memory": False,
+    "output_dir": str(Path(tempfile.gettempdir()) / "gpu-simulation-run"),
+}  # fmt: skip
 
 
 @contextmanager
@@ -56,8 +72,8 @@ def stand_ins(ledger: Ledger):
         replace(bnb_functional, "get_paged", paged)
         replace(bnb_functional, "fill", nothing)
         replace(bnb_functional, "prefetch_tensor", nothing)
-        for replacement in project.CHECKS:
-            replace(*replacement)
+        # A comparison of numbers, which a tensor without data has none of.
+        replace(scripts.sharing.trainer, "disagreement", nothing)
         # All is where it belongs already.
         replace(nn.Module, "to", lambda self, *args, **kwargs: self)
         yield
@@ -69,7 +85,7 @@ def base_model(cfg, ledger: Ledger):
     quantization = get_quantization_config(cfg.model)
     options = {"dtype": torch.bfloat16, "attn_implementation": cfg.model.attn_implementation}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(project.architecture(cfg), **options)
+        model = AutoModelForCausalLM.from_config(architecture(cfg), **options)
     if quantization is not None:
         quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": 0}, dtype=torch.bfloat16)
@@ -131,10 +147,31 @@ class Phases(TrainerCallback):
         self.ledger.part = "activations"
 
 
+def trainer_over_fakes(cfg: Config, model, lengths: tuple[int, int, int], second: Callable):
+    """The project's trainer over random pairs of these lengths; `second` makes the reference of a
+    run without an adapter."""
+    tokenizer = conftest.llama3_tokenizer(conftest.LLAMA3_WORDS)
+    tokenizer.pad_token = tokenizer.eos_token
+    one = Dataset.from_list([conftest.explicit(*conftest.PAIRS[0])])
+    with patch("scripts.training.load_model", second):
+        made = build_trainer(cfg, model, tokenizer, DatasetDict({"train": one, "test": one}))
+    if refusal := getattr(made, "refusal", None):
+        raise SystemExit(f"not simulated: {refusal}; set prefix_sharing=false")
+    made.train_dataset = random_pairs(1000, lengths, cfg.dpo.per_device_train_batch_size * 4)
+    return made
+
+
 def simulate(config: str, overrides: dict) -> dict:
-    """Two optimiser steps of two micro-batches of a config, in GB by phase, and the plan's."""
-    cfg = project.config(config, overrides)
-    lengths = project.worst_lengths(cfg)
+    """Two optimiser steps of two micro-batches of a config, in GB by phase, and the plan's (which
+    leaves out the CUDA context)."""
+    quiet()
+    cfg = load_config(config, SHORT | overrides)
+    if cfg.dpo.precompute_ref_log_probs:
+        raise SystemExit(
+            "not simulated: precompute_ref_log_probs scores the reference before training; set it "
+            "to false"
+        )
+    lengths = worst_lengths(cfg)
     ledger = Ledger()
     ledger.phase("load")
 
@@ -144,17 +181,16 @@ def simulate(config: str, overrides: dict) -> dict:
 
     with stand_ins(ledger):
         model = base_model(cfg, ledger).requires_grad_(not cfg.model.use_peft)
-        tokenizer = conftest.llama3_tokenizer(conftest.LLAMA3_WORDS)
-        tokenizer.pad_token = tokenizer.eos_token
         with ledger, ledger.belongs("adapter"):
-            trainer = project.trainer(cfg, model, tokenizer, lengths, second)
+            trainer = trainer_over_fakes(cfg, model, lengths, second)
             trainer.add_callback(Phases(ledger, trainer.model, trainer.ref_model))
             ledger.phase("set-up")
             trainer.train()
     peaks = {name: ledger.peak(name) for name in ("reference", "step")}
     print(json.dumps(peaks, indent=1))  # by part, for whoever asks where a difference comes from
     simulated = {name: sum(parts.values()) for name, parts in peaks.items()}
-    return {"simulated": simulated, "planned": project.plan(cfg, lengths)}
+    planned = phases(cfg, model_sizes(cfg), lengths, True, 0)
+    return {"simulated": simulated, "planned": {name: peak(planned[name]) for name in peaks}}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ POINTS = {
     ),
     "before the marker": ("scripts.checkpoints", "seal", 2, False),
     "after the marker": ("scripts.checkpoints", "seal", 2, True),
-    "before old ones go": ("scripts.checkpoints", "rotate", 2, False),
+    "before old ones go": ("scripts.checkpoints", "rotate_checkpoints", 2, False),
     "amid the first save of all": ("torch", "save", 2, False),
 }  # fmt: skip
 
