@@ -7,7 +7,6 @@ from matplotlib import pyplot as plt
 from scripts import plots
 from scripts.base import RecipeError
 from scripts.benchmark import (
-    GROUPS,
     MEASURED,
     StepRecorder,
     against_best,
@@ -117,8 +116,5 @@ def test_the_figure_draws_medians_and_their_ranges(ways):
 
 
 def test_a_profile_tells_where_the_time_goes(tiny_cfg):
-    shares = profile(CONFIG, tiny_cfg().given, "8/4/4x1")
-    assert list(shares.index[:3]) == list(GROUPS)
-    values = shares.str.rstrip("%").astype(float)
-    assert values["matrix products"] > 0 and values["attention"] > 0
-    assert 50 < values.sum() < 101
+    table = profile(CONFIG, tiny_cfg().given, "8/4/4x1")
+    assert "aten::mm" in table and "Self CPU time total" in table

@@ -51,13 +51,13 @@ def write_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from tests.conftest import LLAMA3_TEMPLATE, SPECIAL
+    from tests.conftest import LLAMA3_TEMPLATE, SPECIALS
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={x: i for i, x in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL.values()))
+    tokenizer.add_special_tokens([name for name in SPECIALS if "reserved" not in name])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
         chat_template=LLAMA3_TEMPLATE,
