@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 BLUE, GREEN, VERMILLION, ORANGE = "#0072B2", "#009E73", "#D55E00", "#E69F00"
@@ -30,6 +31,10 @@ STYLE = {
     "lines.markersize": 5,
     "figure.constrained_layout.use": True,
 }
+
+# Begin the backend now: its first figure makes a notebook show figures, and inside `rc_context`
+# that would be undone at the context's end, so that later figures were not shown.
+plt.switch_backend(plt.get_backend())
 
 
 def described(figure: Figure, alt: str) -> Figure:
