@@ -77,6 +77,13 @@ def test_the_recipe_is_small_and_shows_its_libraries():
         assert any(call in source for source in code), call
 
 
+def test_the_recipe_shows_its_figures():
+    cells = {cell.id: cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+    for name in ("lengths", "train", "curves", "evaluate", "memory"):
+        shown = [o for o in cells[name].outputs if "image/png" in o.get("data", {})]
+        assert len(shown) == 1, name
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -152,6 +159,9 @@ def test_the_notebook_runs_with_papermill(tmp_path):
     assert "Before and after on 2 held-out prompts" in done.stdout
     assert "step    3/3" in done.stdout
     executed = nbformat.read(tmp_path / "run" / "notebook.ipynb", as_version=4)
+    for name in ("lengths", "train", "curves", "evaluate", "memory"):
+        (cell,) = [cell for cell in executed.cells if cell.id == name]
+        assert [o for o in cell.outputs if "image/png" in o.get("data", {})], name
     assert not [o for c in executed.cells for o in c.get("outputs", []) if o.output_type == "error"]
     refused = run("--output-dir", str(tmp_path / "run"), *options)
     assert refused.returncode == 1 and "holds a finished run" in refused.stderr
