@@ -208,7 +208,7 @@ def before_after(figures: dict, frame: pd.DataFrame) -> Figure:
     titles = {name: title for name, title in titles.items() if name in measures}
     for who, colour, mark, hatch, shift in models:
         tokens, done = order[f"{who}_length"], order[f"{who}_finished"]
-        lengths.scatter(order.index[done], tokens[done], 16, colour, mark, label=who)
+        lengths.scatter(order.index[done], tokens[done], 16, colour, marker=mark, label=who)
         lengths.scatter(order.index[~done], tokens[~done], 22, colour, marker="x")
         lengths.axhline(tokens.mean(), color=colour, lw=1, ls="--")
         means = [measures[name][who]["mean"] for name in titles]
