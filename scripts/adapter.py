@@ -109,8 +109,9 @@ def load_adapter(model: PeftModel | PreTrainedModel, saved: Path) -> None:
     """Put what `save_adapter` wrote to `saved` into `model`, in place.
 
     Raises:
-        AdapterError: it was trained on another model, or an adapter setting differs: PEFT loads one
-            with fewer modules, or with the same weights scaled otherwise, without a word.
+        AdapterError: it was trained on another model, tensors are missing, or an adapter setting
+            differs: PEFT loads one with fewer modules, or with the same weights scaled otherwise,
+            without a word.
     """
     if not isinstance(model, PeftModel):
         trained = AutoModelForCausalLM.from_pretrained(saved, dtype=model.dtype)
@@ -129,7 +130,13 @@ def load_adapter(model: PeftModel | PreTrainedModel, saved: Path) -> None:
             f"{saved} does not fit this model: {'; '.join(different)}. Give the config that it was "
             f"trained with: --config {saved.parent / 'config.yaml'}"
         )
-    set_peft_model_state_dict(model, load_peft_weights(str(saved), device="cpu"))
+    loaded = set_peft_model_state_dict(model, load_peft_weights(str(saved), device="cpu"))
+    lacking = [n for n in loaded.missing_keys if "lora_" in n or "modules_to_save" in n]
+    if wrong := lacking + loaded.unexpected_keys:
+        raise AdapterError(
+            f"{saved} is damaged: {len(wrong)} tensors are missing or do not belong to this model, "
+            f"{wrong[0]} for one. Copy it again, or train again"
+        )
 
 
 def refuse_other_base(saved: Path, base: str) -> None:

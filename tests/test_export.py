@@ -223,6 +223,10 @@ def test_saved_adapter_comes_back_the_same(trained, tiny_trainer):
     assert (pair_logps(fresh, rows)["chosen"] != wanted["chosen"]).all()
     load_adapter(fresh.model, adapter)
     assert pair_logps(fresh, rows)["chosen"] == pytest.approx(wanted["chosen"], abs=1e-5)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"is damaged: 1 tensors are missing"):
+        load_adapter(fresh.model, adapter)
 
 
 @pytest.fixture

@@ -308,7 +308,7 @@ def test_names_come_from_base_and_data(finished):
     assert name == "SmolLM2-135M-Instruct-dpo-grounded"
     with pytest.raises(InputError, match="--repo"):
         make_parcel(finished, "merged", repo="a/b/c")
-    with pytest.raises(InputError, match="--base takes a name"):
+    with pytest.raises(InputError, match="--base takes"):
         base_name(finished, "/a/folder")
 
 

@@ -70,7 +70,8 @@ class UploadHub:
         if path == "/api/repos/create":
             name = f"{sent['organization'] or OWNER}/{sent['name']}"
             if name in self.repos:
-                return 409, {"error": "You already created this model repo"}
+                told = {"error": "You already created this model repo"}
+                return 409, told | {"url": f"{self.url}/{name}"}
             self.repos[name] = {"private": sent.get("visibility") == "private", "files": {}}
             return 200, {"url": f"{self.url}/{name}"}
         for pattern in (
