@@ -192,7 +192,6 @@ def test_the_terminal_asks_and_keeps(finished, monkeypatch, capsys):
     ]  # fmt: skip
     out = capsys.readouterr()
     assert "A was the" in out.out and "python -m scripts.data check" in out.err
-    check(finished, path)
 
 
 def test_without_gradio_the_page_says_how_in_one_line(finished, monkeypatch):
@@ -294,4 +293,3 @@ def test_a_reader_asks_chooses_and_goes_on_in_a_real_browser(
     # Nothing leaves the machine: no font, script or analytics from elsewhere.
     assert page.hosts <= {"127.0.0.1", None}
     assert urlparse(address).hostname == "127.0.0.1"
-    check(finished, chat.path)
