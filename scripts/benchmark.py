@@ -72,11 +72,14 @@ def trial_trainer(cfg: Config, sizes: tuple[int, int, int] | None, count: int = 
         RecipeError: as `require_sharing`.
     """
     pairs = None
-    if sizes:  # TRL tokenises text when it builds a trainer; what it trains on is replaced below
+    if sizes:  # a trainer is built over pairs; what it trains on is replaced below
         pair = {
             "prompt": [{"role": "user", "content": "Is it so?"}],
             "chosen": [{"role": "assistant", "content": "Yes, it is."}],
             "rejected": [{"role": "assistant", "content": "No, not at all."}],
+            "prompt_ids": [5, 6, 7],
+            "chosen_ids": [8, 9],
+            "rejected_ids": [10, 11],
         }
         pairs = DatasetDict(dict.fromkeys(("train", "test"), Dataset.from_list([pair])))
     run = assemble(cfg, pairs)

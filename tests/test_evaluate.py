@@ -95,8 +95,8 @@ def test_the_reference_of_a_whole_model_is_of_its_revision(
     assert (logps["chosen"] == logps["ref_chosen"]).all()
 
 
-def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg):
-    cfg = tiny_cfg()
+def test_batched_replies_equal_single_ones_and_know_their_end(tiny_cfg, llama3_vocabulary):
+    cfg = tiny_cfg(model_name_or_path=str(llama3_vocabulary))  # which does not repeat itself
     path = cfg.model.model_name_or_path
     model, tokenizer = load_model(cfg, path), load_tokenizer(path)
     prompts = [[{"role": "user", "content": "x" * n}] for n in (40, 3, 17)]
