@@ -73,11 +73,13 @@ def plan_against_measured(config: str, values: dict) -> dict:
     monitor.stop()
     step = phases(cfg, model_sizes(cfg), lengths, cuda, 0 if cuda else runtime)["step"]
     states = [t for state in trainer.optimizer.state.values() for t in state.values()]
+    first = trainer.state.log_history[0]
     paged = sum(t.nbytes for t in states if getattr(t, "is_paged", False)) / GB
     return {
         "planned": sum(step.values()) / GB,
         "measured": float(monitor.table().loc["step", "peak GB"]) + paged,
-        "lengths": str(lengths), "seconds": seconds, "loss": trainer.state.log_history[0]["loss"],
+        "lengths": str(lengths), "seconds": seconds,
+        "loss": first.get("loss/dpo", first["loss"]),  # without the SFT term
     }  # fmt: skip
 
 
