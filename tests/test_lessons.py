@@ -225,7 +225,7 @@ def test_the_tutorial_takes_a_finished_run_of_any_kind(tiny_run, tmp_path, kind)
 
 def test_without_a_finished_run_it_says_how_to_make_one(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(RecipeError, match=r"no finished run in .*; make one .*scripts.training"):
+    with pytest.raises(RecipeError, match=r"no finished run in .*; make one: .*scripts.training"):
         run_cells("setup", run=str(tmp_path))
 
 

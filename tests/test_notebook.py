@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_the_cells_make_what_the_commands_make(setting, tiny_cfg, tmp_path):
     args = wanted.args.to_dict()
     given = tiny_cfg(**setting, output_dir=str(tmp_path / "cells")).given
     space = {"config": "configs/smollm2-135m-cpu.yaml", "overrides": given, "output_dir": None}
-    plain = {"display": print, "monitor": None, "os": os, "sys": sys, "Path": Path}
+    plain = {"display": print, "monitor": None, "os": os, "sys": sys, "Path": Path, "pd": pd}
     space |= plain
     for name in ("config", "tokenizer", "pairs", "model", "lora", "dpo", "trainer"):
         exec(RECIPE[name], space)
