@@ -71,6 +71,16 @@ WHEELS = {
 }
 
 
+# What `hub_state` found, in words.
+ACCESS = {
+    "local": "is a folder on this machine",
+    "open": "is open to everyone",
+    "granted": "is gated, and your token may read it",
+    "cached": "was downloaded before, and the hub cannot be reached",
+    "pypi": "comes from PyPI, as the hub does not give it",
+}
+
+
 # Asking, and asking again.
 
 
@@ -232,14 +242,7 @@ def hub_login(name: str, revision: str = "main") -> str:
         # Both wait for the answer, so the access is known when they return.
         (notebook_login if "ipykernel" in sys.modules else login)()
         state = hub_state(name, revision)
-    what = {
-        "local": "is a folder on this machine: no login needed.",
-        "open": "is open to everyone: no login needed.",
-        "granted": "is gated, and your token may read it.",
-        "cached": "was downloaded before, and the hub cannot be reached: no login needed.",
-        "pypi": "comes from PyPI, as the hub does not give it: no login needed.",
-    }
-    print(f"{name} {what[state]}")
+    print(f"{name} {ACCESS[state]}{': no login needed' * (state != 'granted')}.")
     return state
 
 

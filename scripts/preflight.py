@@ -37,7 +37,7 @@ from scripts.driver import (
     gpus_of_the_driver,
     needed_driver,
 )
-from scripts.hub import TIMEOUT, HubError, hub_state
+from scripts.hub import ACCESS, TIMEOUT, HubError, hub_state
 from scripts.model import attention_problem, tokenizer_at_hand
 from scripts.plan import (
     checkpoint_bytes,
@@ -217,7 +217,7 @@ def model_lines(cfg: Config) -> Iterator[Check]:
     """The hub, the token, and whether it may read the model, without downloading it."""
     name, revision = cfg.model.model_name_or_path, cfg.model.model_revision
     try:
-        yield Check(OK, "model", f"{name}: {hub_state(name, revision, wait=PATIENCE)}")
+        yield Check(OK, "model", f"{name} {ACCESS[hub_state(name, revision, wait=PATIENCE)]}")
     except HubError as error:
         finding, *fix = re.split(r"[.;] ", str(error), maxsplit=1)
         yield Check(FAIL, "model", finding.rstrip("."), " ".join(fix).rstrip("."))

@@ -145,7 +145,7 @@ def test_packages_are_held_against_the_pins(monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "token", "status", "finding", "fix"),
     [
-        (hub(GATED), "hf_good", OK, "granted", ""),
+        (hub(GATED), "hf_good", OK, "is gated, and your token may read it", ""),
         (hub(GATED, REFUSED), None, FAIL, "there is no token", "set HF_TOKEN"),
         (hub((500, {}, b"oops")), None, FAIL, "the hub fails (500)", "try again later"),
         (hub((429, {"Retry-After": "900"}, b"")), None, FAIL, "come back in 900 s", "HF_TOKEN"),
