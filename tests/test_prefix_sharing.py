@@ -126,7 +126,7 @@ def scored(trainer, rows: list[dict]) -> tuple[float, dict, dict]:
     return loss.item(), metrics, grads
 
 
-def assert_equal(one, two, relative=4e-5) -> None:
+def assert_equal(one, two, relative=2e-5) -> None:
     (loss, metrics, grads), (own_loss, own_metrics, own_grads) = one, two
     assert own_loss == pytest.approx(loss, rel=relative, abs=1e-6)
     for name in [name for name in own_metrics if name.startswith("loss/")]:
@@ -203,8 +203,9 @@ def test_every_loss_is_trls(both, loss):
     smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
     stock, shared = both(loss_type=loss, loss_weights=weights, label_smoothing=smoothing)
     rows = tokens(SIZES[:5])
-    one, two = scored(stock, rows), scored(shared, rows)
-    assert_equal(one, two)
+    # discopop's weight of a pair is steep where the margin is small: it multiplies what rounding does
+    relative = 1e-4 if loss == "discopop" else 2e-5
+    assert_equal(scored(stock, rows), scored(shared, rows), relative)
 
 
 @pytest.mark.parametrize(
