@@ -203,7 +203,7 @@ def test_every_loss_is_trls(both, loss):
     smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
     stock, shared = both(loss_type=loss, loss_weights=weights, label_smoothing=smoothing)
     rows = tokens(SIZES[:5])
-    # discopop's weight of a pair is steep where the margin is small: it multiplies what rounding does
+    # discopop's weight of a pair is steep near a margin of 0: it multiplies what rounding does
     relative = 1e-4 if loss == "discopop" else 2e-5
     assert_equal(scored(stock, rows), scored(shared, rows), relative)
 
