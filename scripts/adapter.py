@@ -14,9 +14,9 @@ from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import DPOTrainer
 
-from scripts.base import RecipeError, put_in_place
+from scripts.base import RecipeError, one_line, put_in_place
 from scripts.checkpoints import Checkpoints, differences, explained, run_settings
-from scripts.config import Config
+from scripts.config import Config, refuse_cut_weights
 from scripts.pairs.provenance import weights_state
 from scripts.run_folder import read_origins
 
@@ -84,13 +84,22 @@ def require_adapter(cfg: Config) -> Path:
     """The run's saved adapter, or whole model, as `save_adapter` wrote it.
 
     Raises:
-        AdapterError: the run has none yet.
+        ConfigError: its weights are cut or damaged.
+        AdapterError: the run has none yet, or its settings cannot be read.
     """
     target = trained_folder(cfg)
     if not target.is_dir():
         raise AdapterError(
             f"no {target.name} in {cfg.run_dir}; train first, or give the run's config.yaml"
         )
+    refuse_cut_weights(target)
+    settings = target / ("adapter_config.json" if target.name == "adapter" else "config.json")
+    try:
+        json.loads(settings.read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{settings} is damaged ({one_line(error, 80)}): copy it again, or train again"
+        ) from None
     return target
 
 

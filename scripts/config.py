@@ -31,7 +31,6 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -41,7 +40,15 @@ from transformers import AttentionInterface
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from trl import DPOConfig, ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
-from scripts.base import ROOT, InputError, existing, local_path, one_line, write_whole
+from scripts.base import (
+    ROOT,
+    InputError,
+    RecipeError,
+    existing,
+    local_path,
+    one_line,
+    write_whole,
+)
 from scripts.pairs.files import READ, kind_of
 from scripts.pairs.sources import is_url, looks_like_a_path
 
@@ -102,6 +109,7 @@ PARTS: dict[str, type] = {
 }
 FIELDS = {cls: {f.name for f in dataclasses.fields(cls) if f.init} for cls in PARTS.values()}
 LOSSES = re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"])
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Narrower types of TRL's arguments: what is refused otherwise only once the model is loaded.
 NARROW: dict[str, Any] = {
     "dtype": Literal["auto", "bfloat16", "float16", "float32"] | None,
@@ -110,19 +118,19 @@ NARROW: dict[str, Any] = {
     "lora_r": PositiveInt,
     "lora_alpha": PositiveInt,
     "lora_dropout": Annotated[float, Field(ge=0, lt=1)],
-    "beta": PositiveFloat,
+    "beta": Positive,
     "loss_type": list[Literal[tuple(LOSSES)]],
     "max_length": Annotated[int, Field(ge=2)] | Literal["auto"] | None,
-    "learning_rate": Annotated[float, Field(ge=0, le=1)],
-    "num_train_epochs": PositiveFloat,
+    "learning_rate": Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)],
+    "num_train_epochs": Positive,
     "per_device_train_batch_size": PositiveInt,
     "per_device_eval_batch_size": PositiveInt,
     "gradient_accumulation_steps": PositiveInt,
-    "max_grad_norm": NonNegativeFloat,
-    "eval_steps": PositiveFloat | None,
-    "save_steps": PositiveFloat,
+    "max_grad_norm": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    "eval_steps": Positive | None,
+    "save_steps": Positive,
     "save_total_limit": PositiveInt | None,
-    "seed": NonNegativeInt,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
 }
 # Of an argument that several classes have, the type in the first of them counts.
 HINTS: dict[str, Any] = {
@@ -159,6 +167,7 @@ class Config:
     given: dict[str, Any] = field(default_factory=dict)
     turned: set[str] = field(default_factory=set)  # keys that `use` or `pin` changed
     slow: list[str] = field(default_factory=list)  # keys that asked a slow CPU for bfloat16
+    started: bool = False  # `start_run` has taken the run folder
 
     @property
     def run_dir(self) -> Path:
@@ -421,6 +430,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     script, model, dpo = cfg.script, cfg.model, cfg.dpo
     if dpo.fp16 and cfg.given.get("use_cpu"):
         yield "`fp16: true` needs a GPU; with `use_cpu: true` leave it out"
+    if dpo.max_steps == 0:
+        yield "`max_steps: 0` trains nothing; -1 trains for `num_train_epochs`"
     if script.dataset_streaming:
         yield "`dataset_streaming: true` is not supported: all data is checked before training"
     if script.dataset_train_split == script.dataset_test_split:
@@ -555,6 +566,13 @@ def check_places(cfg: Config) -> None:
         raise ConfigError("`attn_implementation: flash_attention_2` needs flash_attn; set sdpa")
     _check_model(model)
     _check_dataset(data)
+    if questions := cfg.recipe.questions:
+        from scripts.pairs.passages import read_questions
+
+        try:
+            read_questions(ROOT / questions, "test", cfg.recipe.questions_level)
+        except RecipeError as error:
+            raise ConfigError(f"questions: {error}") from None
     if cfg.is_main_process:
         _check_run_folder(cfg.run_dir, model, data)
 
@@ -591,6 +609,15 @@ def _check_model(name: str) -> None:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model_name_or_path: {name} has no config.json: it holds no model")
     refuse_pickles(name, sorted(path.name for path in folder.iterdir()))
+    refuse_cut_weights(folder)
+
+
+def refuse_cut_weights(folder: Path) -> None:
+    """Refuse a folder with a `.safetensors` that is not whole.
+
+    Raises:
+        ConfigError: it names the file.
+    """
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="numpy"):
@@ -611,6 +638,8 @@ def _check_dataset(name: str) -> None:
         if looks_like_a_path(name):
             raise ConfigError(f"dataset_name: there is no file or folder {name}")
         return
+    if path.is_file() and not path.stat().st_size:
+        raise ConfigError(f"dataset_name: {name} is empty")
     files = [path] if path.is_file() else path.rglob("*")
     if not any(kind_of(file) in READ and file.stat().st_size for file in files):
         raise ConfigError(

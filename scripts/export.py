@@ -161,7 +161,8 @@ def prove_merge(cfg: Config, base: str, rows: list[dict]) -> dict[str, float]:
     """
     target, trial = cfg.run_dir / "merged", cfg.run_dir / UNPROVED
     if not trial.is_dir():
-        raise MergeError(f"there is no {trial}; save the merged model there first")
+        done = f" ({target} is proved already)" * target.is_dir()
+        raise MergeError(f"there is no {trial}: save the merged model there first{done}")
     policy, reference = evaluated_policy(cfg, base, rows)
     free_memory()
     form = shipped_form(cfg)

@@ -175,8 +175,9 @@ def start_run(cfg: Config) -> dict[str, str]:
         print(f"This CPU computes bfloat16 slowly: the run uses float32 ({', '.join(cfg.slow)})")
     with explained(cfg.run_dir, "making the run folder"):
         hold(cfg.run_dir)
-        if not cfg.dpo.resume_from_checkpoint:
+        if not cfg.dpo.resume_from_checkpoint and not cfg.started:  # a cell may run again
             _resume_or_set_aside(cfg)
+        cfg.started = True
         cfg.save(cfg.run_dir / "config.yaml")
         write_whole(cfg.run_dir / "environment.json", json.dumps(facts, indent=2))
     return facts

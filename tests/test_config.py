@@ -77,6 +77,8 @@ def test_unknown_key_names_the_nearest(tmp_path):
         ("loss_type", ["sigmoyd"], "'sigmoid', 'hinge'"),
         ("max_length", -5, "greater than or equal to 2 or 'auto'"),
         ("learning_rate", 20, "less than or equal to 1"),
+        ("beta", float("inf"), "a finite number"),
+        ("seed", 2**40, "less than 4294967296"),
         ("aims", {"exact": {"at": 1}}, "'at_least' or 'at_most'"),
     ],
 )
@@ -87,6 +89,20 @@ def test_a_value_that_does_not_fit_is_refused_with_what_would(key, value, limit)
     assert "\n" not in line
     assert line.startswith(f"override: `{key}` must be ") and f"got {value!r}" in line
     assert limit in line
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": 0}, "`max_steps: 0` trains nothing"),
+        ({"questions": "data/nope.jsonl"}, "questions: .*nope.jsonl"),
+        ({"questions_level": "nope"}, "questions: .*nope"),
+    ],
+    ids=str,
+)
+def test_what_would_fail_after_training_is_refused_at_once(values, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(DEFAULT, values)
 
 
 def test_the_formats_of_the_config_are_those_that_are_read():

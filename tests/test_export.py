@@ -282,6 +282,18 @@ def test_an_adapter_of_another_base_with_equal_shapes_is_refused(adapted, tiny_l
         load_adapter(model, saved)
 
 
+def test_a_damaged_adapter_is_refused_by_all_that_reads_it(trained):
+    _, cfg, adapter = trained
+    assert require_adapter(cfg) == adapter
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is damaged"):
+        require_adapter(cfg)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RecipeError, match=r"adapter_model\.safetensors is cut or damaged"):
+        require_adapter(cfg)
+
+
 def test_a_run_without_training_has_nothing_to_load(tiny_cfg):
     with pytest.raises(AdapterError, match=r"no adapter in .*; train first"):
         require_adapter(tiny_cfg())

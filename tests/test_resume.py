@@ -13,6 +13,7 @@ from scripts.base import RecipeError
 from scripts.checkpoints import Stopped, TrainingError, checkpoints, damage, resumable
 from scripts.data import load_preferences
 from scripts.evaluate import evaluate
+from scripts.run_folder import start_run
 from scripts.training import build_trainer
 
 
@@ -187,6 +188,16 @@ def test_a_second_trainer_over_one_model_is_refused(tiny_run):
     model, tokenizer = trainer.model.get_base_model(), trainer.processing_class
     with pytest.raises(RecipeError, match=r"belongs to a trainer.*load it again"):
         build_trainer(cfg, model, tokenizer, load_preferences(cfg, tokenizer))
+
+
+def test_the_cell_that_starts_a_run_may_run_again(tiny_cfg):
+    cfg = tiny_cfg()
+    start_run(cfg)
+    (cfg.run_dir / "adapter").mkdir()
+    start_run(cfg)
+    assert (cfg.run_dir / "adapter").is_dir()
+    start_run(tiny_cfg())  # another reading of the config begins another run
+    assert not (cfg.run_dir / "adapter").is_dir()
 
 
 def test_results_of_one_config_do_not_go_into_the_folder_of_another(tiny_run, tiny_cfg, tmp_path):
