@@ -639,7 +639,7 @@ def _check_dataset(name: str) -> None:
             raise ConfigError(f"dataset_name: there is no file or folder {name}")
         return
     if path.is_file() and not path.stat().st_size:
-        raise ConfigError(f"dataset_name: {name} is empty")
+        raise ConfigError(f"dataset_name: {name} is empty: there is no data in it")
     files = [path] if path.is_file() else path.rglob("*")
     if not any(kind_of(file) in READ and file.stat().st_size for file in files):
         raise ConfigError(
