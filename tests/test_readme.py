@@ -8,7 +8,6 @@ import pytest
 from scripts.base import ROOT
 from scripts.cli import COMMANDS
 
-README = (ROOT / "README.md").read_text()
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "llama3_dpo.ipynb", as_version=4)
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "data/README.md"]
 DOCUMENTS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
@@ -25,16 +24,19 @@ def notebook_output(marker: str) -> str:
     return text
 
 
-def readme_rows(first: str, last: str) -> dict[str, list[str]]:
-    """The rows of the README's table from the one that begins with `first` to `last`."""
-    table = README[README.index(f"| {first}") : README.index(f"| {last}")]
+def rows_of(document: str, first: str, last: str) -> dict[str, list[str]]:
+    """The rows of a document's table from the one that begins with `first` to `last`."""
+    text = (ROOT / document).read_text()
+    begin = text.index(f"| {first}")
+    table = text[begin : text.index(f"| {last}", begin)]
     rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
     return {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
 
 
-def test_the_table_is_the_committed_notebooks():
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_the_table_is_the_committed_notebooks(document):
     output = notebook_output("implicit-reward margin (nats)")
-    rows = readme_rows("right, nothing", "implicit-reward margin")
+    rows = rows_of(document, "right, nothing wrong or made up | 0", "implicit-reward margin")
     assert len(rows) >= 10
     for name, cells in rows.items():
         # pandas breaks a wide table into several, each with the row's name in front
