@@ -77,7 +77,7 @@ COMMANDS = {  # what `python -m scripts` lists
     "model": "say where the model comes from; for the default, fetch and convert it once",
     "preflight": "check in seconds what would otherwise fail after a long download",
     "training": "train the adapter and save it",
-    "run": "execute the notebook headless and print what came of it",
+    "run": "execute the notebook headless and print the results",
     "plan": "memory, fit, time and cost of a run, from its config alone",
     "evaluate": "measure a finished run's tuned model against its base model",
     "export": "merge a finished run's adapter into 16-bit weights, and prove the merge",

@@ -1,4 +1,4 @@
-"""Execute the notebook headless with papermill, and print what came of it.
+"""Execute the notebook headless with papermill, and print the results.
 
     python -m scripts.run --config configs/smollm2-135m-cpu.yaml --set beta=0.2
 

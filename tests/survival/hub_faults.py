@@ -214,7 +214,7 @@ GATED = always(403, X_Error_Code="GatedRepo")
 MISSING, NO_REVISION = (always(404, X_Error_Code=f"{w}NotFound") for w in ("Repo", "Revision"))
 PRIVATE = always(401, X_Error_Code="RepoNotFound")
 UNKNOWN = always(401)
-SOON, LATER = always(429, Retry_After="1"), always(429, Retry_After="900")
+LATER = always(429, Retry_After="900")
 
 
 def faults() -> Iterable[tuple[str, Callable[[], None]]]:
